@@ -1,0 +1,276 @@
+//! Device-mapper tables: the few that dmlocal loads, written for the kernel and
+//! read back from it.
+
+use std::fmt::Write as _;
+
+use crate::units::{DevNo, Sectors};
+
+/// How long a write is held by the `delay` target when nothing releases it, in
+/// milliseconds: a day. Suspending the device releases it at once.
+pub const HOLD_MS: u32 = 86_400_000;
+
+/// One target.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Target {
+    /// Fails every request.
+    Error,
+    /// A window on another device.
+    Linear {
+        /// The device below.
+        device: DevNo,
+        /// Where the window starts on it.
+        offset: Sectors,
+    },
+    /// Reads pass; writes and flushes wait ([`HOLD_MS`]).
+    Hold {
+        /// The device below.
+        device: DevNo,
+    },
+    /// Reads pass; writes fail. nvmet cannot export read-only by itself.
+    ReadOnly {
+        /// The device below.
+        device: DevNo,
+    },
+    /// Reads of the source that wait while there is no path to it.
+    Queue {
+        /// The device below; none while the source is away.
+        path: Option<DevNo>,
+    },
+    /// dm-clone, always made with hydration off.
+    Clone {
+        /// Metadata device.
+        meta: DevNo,
+        /// Destination device.
+        dest: DevNo,
+        /// Source device.
+        src: DevNo,
+        /// Region size.
+        region: Sectors,
+    },
+    /// A target that dmlocal never loads.
+    Foreign {
+        /// Its type.
+        kind: String,
+    },
+}
+
+/// A target over a range of the device; dmlocal's tables start at sector 0.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Table {
+    /// Length of the device.
+    pub length: Sectors,
+    /// What serves it.
+    pub target: Target,
+}
+
+impl Target {
+    /// The target type's name in the kernel.
+    pub fn kind(&self) -> &str {
+        match self {
+            Self::Error => "error",
+            Self::Linear { .. } => "linear",
+            Self::Hold { .. } => "delay",
+            Self::ReadOnly { .. } => "flakey",
+            Self::Queue { .. } => "multipath",
+            Self::Clone { .. } => "clone",
+            Self::Foreign { kind } => kind,
+        }
+    }
+
+    /// The parameters for the kernel's constructor.
+    pub fn params(&self) -> String {
+        match self {
+            Self::Error | Self::Foreign { .. } => String::new(),
+            Self::Linear { device, offset } => format!("{device} {offset}"),
+            Self::Hold { device } => {
+                format!("{device} 0 0 {device} 0 {HOLD_MS} {device} 0 {HOLD_MS}")
+            }
+            // Never up, always down, and down means that writes fail.
+            Self::ReadOnly { device } => format!("{device} 0 0 1 1 error_writes"),
+            Self::Queue { path } => {
+                let mut text = "3 queue_if_no_path queue_mode bio 0 ".to_owned();
+                match path {
+                    None => text.push_str("0 0"),
+                    Some(device) => {
+                        // Writing to a String cannot fail.
+                        let _ = write!(text, "1 1 round-robin 0 1 1 {device} 1");
+                    }
+                }
+                text
+            }
+            Self::Clone { meta, dest, src, region } => {
+                format!("{meta} {dest} {src} {region} 1 no_hydration")
+            }
+        }
+    }
+
+    /// Reads a line of the kernel's TABLE status. What does not have the form
+    /// that dmlocal loads is [`Target::Foreign`], so that it is never mistaken
+    /// for a table that may stay.
+    pub fn parse(kind: &str, params: &str) -> Self {
+        let words: Vec<&str> = params.split_ascii_whitespace().collect();
+        Self::recognise(kind, &words).unwrap_or_else(|| Self::Foreign { kind: kind.to_owned() })
+    }
+
+    fn recognise(kind: &str, words: &[&str]) -> Option<Self> {
+        let device = |index: usize| words.get(index)?.parse::<DevNo>().ok();
+        let sectors = |index: usize| words.get(index)?.parse().ok().map(Sectors);
+        Some(match kind {
+            "error" => Self::Error,
+            "linear" if words.len() == 2 => {
+                Self::Linear { device: device(0)?, offset: sectors(1)? }
+            }
+            "delay" if words.len() == 9 => {
+                let hold = Self::Hold { device: device(0)? };
+                (hold.params() == words.join(" ")).then_some(hold)?
+            }
+            "flakey" if words.len() >= 6 && words.contains(&"error_writes") => {
+                let (up, down) = (words.get(2)?, words.get(3)?);
+                (*up == "0" && *down == "1").then_some(Self::ReadOnly { device: device(0)? })?
+            }
+            // The kernel prints features and path arguments in its own order.
+            "multipath" if words.contains(&"queue_if_no_path") => {
+                Self::Queue { path: words.iter().find_map(|word| word.parse().ok()) }
+            }
+            "clone" => Self::Clone {
+                meta: device(0)?,
+                dest: device(1)?,
+                src: device(2)?,
+                region: sectors(3)?,
+            },
+            _ => return None,
+        })
+    }
+
+    /// Every device that the table stands on.
+    pub fn devices(&self) -> Vec<DevNo> {
+        match self {
+            Self::Error | Self::Foreign { .. } => Vec::new(),
+            Self::Linear { device, .. } | Self::Hold { device } | Self::ReadOnly { device } => {
+                vec![*device]
+            }
+            Self::Queue { path } => path.iter().copied().collect(),
+            Self::Clone { meta, dest, src, .. } => vec![*meta, *dest, *src],
+        }
+    }
+}
+
+/// What dm-clone says of itself (drivers/md/dm-clone-target.c, `clone_status`).
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum CloneStatus {
+    /// It works.
+    Working {
+        /// Regions that are at the destination, in memory.
+        hydrated: u64,
+        /// All regions.
+        total: u64,
+        /// Regions being copied now; may show one too many for a moment.
+        hydrating: u64,
+        /// Whether background hydration is on.
+        enabled: bool,
+        /// Whether metadata can no longer be written.
+        read_only: bool,
+    },
+    /// It refuses everything, or its line cannot be read.
+    Failed,
+}
+
+impl CloneStatus {
+    /// Reads the target's INFO status.
+    pub fn parse(params: &str) -> Self {
+        Self::recognise(params).unwrap_or(Self::Failed)
+    }
+
+    fn recognise(params: &str) -> Option<Self> {
+        let words: Vec<&str> = params.split_ascii_whitespace().collect();
+        let (hydrated, total) = words.get(3)?.split_once('/')?;
+        let hydrating = words.get(4)?.parse().ok()?;
+        let features: usize = words.get(5)?.parse().ok()?;
+        let enabled = !words.get(6..6 + features)?.contains(&"no_hydration");
+        let read_only = match *words.last()? {
+            "rw" => false,
+            "ro" => true,
+            _ => return None,
+        };
+        Some(Self::Working {
+            hydrated: hydrated.parse().ok()?,
+            total: total.parse().ok()?,
+            hydrating,
+            enabled,
+            read_only,
+        })
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn any_device() -> impl Strategy<Value = DevNo> {
+        (0u32..4096, 0u32..(1 << 20)).prop_map(|(major, minor)| DevNo { major, minor })
+    }
+
+    fn any_target() -> impl Strategy<Value = Target> {
+        prop_oneof![
+            Just(Target::Error),
+            (any_device(), any::<u64>())
+                .prop_map(|(device, offset)| Target::Linear { device, offset: Sectors(offset) }),
+            any_device().prop_map(|device| Target::Hold { device }),
+            any_device().prop_map(|device| Target::ReadOnly { device }),
+            proptest::option::of(any_device()).prop_map(|path| Target::Queue { path }),
+            (any_device(), any_device(), any_device(), 8u64..(1 << 21)).prop_map(
+                |(meta, dest, src, region)| Target::Clone {
+                    meta,
+                    dest,
+                    src,
+                    region: Sectors(region)
+                }
+            ),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_loaded_is_recognised(target in any_target()) {
+            prop_assert_eq!(Target::parse(target.kind(), &target.params()), target);
+        }
+
+        #[test]
+        fn nothing_the_kernel_says_makes_the_parser_panic(kind in ".*", params in ".*") {
+            let _ = Target::parse(&kind, &params);
+            let _ = CloneStatus::parse(&params);
+        }
+    }
+
+    #[test]
+    fn a_delay_that_would_let_writes_through_is_foreign() {
+        let passing = Target::parse("delay", "8:0 0 0 8:0 0 0 8:0 0 0");
+        assert_eq!(passing, Target::Foreign { kind: "delay".to_owned() });
+    }
+
+    #[test]
+    fn clone_status_is_read_as_the_kernel_prints_it() {
+        let text = "8 22/1024 128 1500/8192 3 1 no_hydration 4 hydration_threshold 1 \
+                    hydration_batch_size 1 rw";
+        assert_eq!(
+            CloneStatus::parse(text),
+            CloneStatus::Working {
+                hydrated: 1500,
+                total: 8192,
+                hydrating: 3,
+                enabled: false,
+                read_only: false
+            }
+        );
+        let read_only = text.replace("1 no_hydration", "0").replace("rw", "ro");
+        assert!(matches!(
+            CloneStatus::parse(&read_only),
+            CloneStatus::Working { enabled: true, read_only: true, .. }
+        ));
+        for failed in ["Fail", "Error", "", "8 22/1024 128 x/y 0 0 rw"] {
+            assert_eq!(CloneStatus::parse(failed), CloneStatus::Failed, "{failed}");
+        }
+    }
+}
