@@ -2,6 +2,10 @@
 //! the planner. No clock, no I/O, no kernel: everything here can be run
 //! thousands of times a second against a simulated world.
 
+pub mod admit;
+pub mod hydration;
 pub mod name;
+pub mod plan;
 pub mod table;
 pub mod units;
+pub mod volume;

@@ -1,0 +1,777 @@
+//! Whether a request may be granted, and what the journal then says: pure, and
+//! complete before anything is changed.
+
+use uuid::Uuid;
+
+use crate::{
+    hydration::{self, MAX_BATCH, MAX_THRESHOLD, Tuning},
+    name::{Generation, VolumeId},
+    plan::Device,
+    units::Sectors,
+    volume::{
+        Borrower, Event, ExportName, IllegalTransition, Lent, LentStage, Phase, Receiving,
+        ReceivingStage, Record, Source, Tombstone,
+    },
+};
+
+/// Why a request is refused: one variant, and one stable reason, per thing that
+/// a caller does about it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// No such volume here.
+    #[error("volume {0} not found")]
+    VolumeNotFound(VolumeId),
+    /// The id is taken by something else.
+    #[error("volume {id} exists with a different {field}")]
+    VolumeExists {
+        /// The volume.
+        id: VolumeId,
+        /// What differs.
+        field: &'static str,
+    },
+    /// Zero, or not whole blocks.
+    #[error("size {size} is not a positive multiple of the logical block size {block}")]
+    SizeInvalid {
+        /// Bytes asked for.
+        size: u64,
+        /// Bytes in a logical block.
+        block: u32,
+    },
+    /// An extension that would shrink.
+    #[error("size {wanted} is below the present {present}")]
+    SizeSmaller {
+        /// Bytes asked for.
+        wanted: u64,
+        /// Bytes now.
+        present: u64,
+    },
+    /// The pool's blocks are not the volume's.
+    #[error("the pool's logical block is {pool} bytes, the volume's {volume}")]
+    LogicalBlockSize {
+        /// Bytes in the pool's block.
+        pool: u32,
+        /// Bytes in the volume's block.
+        volume: u32,
+    },
+    /// The pool cannot hold it.
+    #[error("pool {pool} has room for {free} bytes, {needed} are needed")]
+    NoRoom {
+        /// The pool.
+        pool: String,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes that may still be placed.
+        free: u64,
+    },
+    /// The handle is wanted here.
+    #[error("volume {0} is attached")]
+    VolumeAttached(VolumeId),
+    /// A peer may read it.
+    #[error("volume {id} is published to {node}")]
+    VolumePublished {
+        /// The volume.
+        id: VolumeId,
+        /// The peer.
+        node: String,
+    },
+    /// Another node has the right to write.
+    #[error("volume {id} is fenced: {node} has taken it over")]
+    VolumeFenced {
+        /// The volume.
+        id: VolumeId,
+        /// The peer.
+        node: String,
+    },
+    /// A move is under way.
+    #[error("volume {0} is being moved")]
+    VolumeMoving(VolumeId),
+    /// Only a held volume can be switched or aborted.
+    #[error("volume {0} is not held")]
+    VolumeNotHeld(VolumeId),
+    /// Nothing is being copied.
+    #[error("volume {0} is not hydrating")]
+    VolumeNotHydrating(VolumeId),
+    /// Something needs an operator first.
+    #[error("volume {id} has failed: {why}")]
+    VolumeFailed {
+        /// The volume.
+        id: VolumeId,
+        /// What happened.
+        why: String,
+    },
+    /// Source and destination are one node.
+    #[error("node {0} cannot move a volume to itself")]
+    MoveToSelf(String),
+    /// The caller knows an older or a newer copy.
+    #[error("generation is {present}, not {named}")]
+    GenerationStale {
+        /// Generation here.
+        present: Generation,
+        /// Generation in the request.
+        named: Generation,
+    },
+    /// No such grant is open here for this caller.
+    #[error("grant {0} is not open here")]
+    GrantUnknown(Uuid),
+    /// The grant's id was used for something else.
+    #[error("grant {grant} exists with a different {field}")]
+    GrantExists {
+        /// The grant.
+        grant: Uuid,
+        /// What differs.
+        field: &'static str,
+    },
+    /// The source is fenced, or may be: there is no way back.
+    #[error("grant {0} is fenced: the move can only go on")]
+    GrantFenced(Uuid),
+    /// Somebody has written at the destination.
+    #[error("{count} writes wait at the destination")]
+    WrittenAtDestination {
+        /// How many.
+        count: u64,
+    },
+    /// The peer's interface is too new or too old.
+    #[error("the peer speaks interface versions {oldest} to {newest}, this node {ours}")]
+    PeerVersion {
+        /// Its oldest.
+        oldest: u32,
+        /// Its newest.
+        newest: u32,
+        /// What this node speaks, as text.
+        ours: String,
+    },
+    /// No pool of that name is configured.
+    #[error("pool `{0}` is not configured")]
+    PoolNotFound(String),
+    /// The pool is configured but not there, or not fit for use.
+    #[error("pool `{pool}`: {why}")]
+    PoolMissing {
+        /// The pool.
+        pool: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// An old user still holds the handle.
+    #[error("{path} is open or left over from an earlier copy")]
+    HandleInUse {
+        /// The handle.
+        path: String,
+    },
+    /// A once lent volume after a reboot.
+    #[error(
+        "volume {id} was lent to {node} and must be confirmed after a reboot: name generation {generation}"
+    )]
+    ConfirmationRequired {
+        /// The volume.
+        id: VolumeId,
+        /// The last borrower.
+        node: String,
+        /// Generation here.
+        generation: Generation,
+    },
+    /// A setting is outside its range.
+    #[error("{setting} must be {range}")]
+    SettingOutOfRange {
+        /// Which.
+        setting: &'static str,
+        /// What it may be.
+        range: String,
+    },
+    /// No port is free for another export.
+    #[error("no port is free for another export")]
+    PortsExhausted,
+    /// The kernel lacks a device-mapper target.
+    #[error("the kernel has no device-mapper target `{0}`")]
+    TargetMissing(String),
+}
+
+impl Refusal {
+    /// The stable word for programs.
+    pub const fn reason(&self) -> &'static str {
+        match self {
+            Self::VolumeNotFound(_) => "VOLUME_NOT_FOUND",
+            Self::VolumeExists { .. } => "VOLUME_EXISTS",
+            Self::SizeInvalid { .. } => "SIZE_INVALID",
+            Self::SizeSmaller { .. } => "SIZE_SMALLER",
+            Self::LogicalBlockSize { .. } => "LOGICAL_BLOCK_SIZE",
+            Self::NoRoom { .. } => "NO_ROOM",
+            Self::VolumeAttached(_) => "VOLUME_ATTACHED",
+            Self::VolumePublished { .. } => "VOLUME_PUBLISHED",
+            Self::VolumeFenced { .. } => "VOLUME_FENCED",
+            Self::VolumeMoving(_) => "VOLUME_MOVING",
+            Self::VolumeNotHeld(_) => "VOLUME_NOT_HELD",
+            Self::VolumeNotHydrating(_) => "VOLUME_NOT_HYDRATING",
+            Self::VolumeFailed { .. } => "VOLUME_FAILED",
+            Self::MoveToSelf(_) => "MOVE_TO_SELF",
+            Self::GenerationStale { .. } => "GENERATION_STALE",
+            Self::GrantUnknown(_) => "GRANT_UNKNOWN",
+            Self::GrantExists { .. } => "GRANT_EXISTS",
+            Self::GrantFenced(_) => "GRANT_FENCED",
+            Self::WrittenAtDestination { .. } => "WRITTEN_AT_DESTINATION",
+            Self::PeerVersion { .. } => "PEER_VERSION",
+            Self::PoolNotFound(_) => "POOL_NOT_FOUND",
+            Self::PoolMissing { .. } => "POOL_MISSING",
+            Self::HandleInUse { .. } => "HANDLE_IN_USE",
+            Self::ConfirmationRequired { .. } => "CONFIRMATION_REQUIRED",
+            Self::SettingOutOfRange { .. } => "SETTING_OUT_OF_RANGE",
+            Self::PortsExhausted => "PORTS_EXHAUSTED",
+            Self::TargetMissing(_) => "TARGET_MISSING",
+        }
+    }
+}
+
+/// What an admitted request changes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Admitted {
+    /// Nothing: it has been done before.
+    Already,
+    /// The journal says this from now on.
+    Journal(Record),
+}
+
+/// What admission must know of a pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolRoom {
+    /// Its name.
+    pub name: String,
+    /// Logical block size of volumes made there.
+    pub logical_block_size: u32,
+    /// Allocation unit of the thin pool in bytes.
+    pub chunk: u64,
+    /// Bytes of volumes that may still be placed.
+    pub free: u64,
+    /// Bytes free outside the thin pool, for clone metadata.
+    pub free_outside: u64,
+}
+
+impl PoolRoom {
+    fn check_size(&self, size: u64) -> Result<(), Refusal> {
+        let block = self.logical_block_size;
+        if size == 0 || !size.is_multiple_of(u64::from(block)) {
+            return Err(Refusal::SizeInvalid { size, block });
+        }
+        Ok(())
+    }
+
+    fn check_room(&self, needed: u64, outside: u64) -> Result<(), Refusal> {
+        let refusal = |needed, free| Refusal::NoRoom { pool: self.name.clone(), needed, free };
+        if needed > self.free {
+            return Err(refusal(needed, self.free));
+        }
+        if outside > self.free_outside {
+            return Err(refusal(outside, self.free_outside));
+        }
+        Ok(())
+    }
+}
+
+/// Creates a blank volume.
+///
+/// # Errors
+/// The id is taken with another size or pool, the size is not whole blocks, or
+/// the pool has no room.
+pub fn create(
+    existing: Option<&Record>,
+    id: VolumeId,
+    size: u64,
+    pool: &PoolRoom,
+    incarnation: Uuid,
+) -> Result<Admitted, Refusal> {
+    if let Some(existing) = existing {
+        return match () {
+            () if existing.size.bytes() != size => {
+                Err(Refusal::VolumeExists { id, field: "size_bytes" })
+            }
+            () if existing.pool != pool.name => Err(Refusal::VolumeExists { id, field: "pool" }),
+            () if existing.phase == Phase::Deleting => {
+                Err(Refusal::VolumeExists { id, field: "state" })
+            }
+            () => Ok(Admitted::Already),
+        };
+    }
+    pool.check_size(size)?;
+    pool.check_room(size, 0)?;
+    Ok(Admitted::Journal(Record {
+        id,
+        incarnation,
+        pool: pool.name.clone(),
+        size: Sectors::from_bytes(size),
+        logical_block_size: pool.logical_block_size,
+        generation: Generation::FIRST,
+        attached: false,
+        data: None,
+        growing: None,
+        came_by: None,
+        lent_before: None,
+        confirmed_in: None,
+        tuning: Tuning::default(),
+        phase: Phase::Creating,
+    }))
+}
+
+/// Deletes a volume.
+///
+/// # Errors
+/// It is attached, published or moving.
+pub fn delete(record: &Record, handle: Option<&Device>) -> Result<Admitted, Refusal> {
+    at_rest(record)?;
+    if record.attached || handle.is_some_and(|handle| handle.open_count > 0) {
+        return Err(Refusal::VolumeAttached(record.id));
+    }
+    journal(record, Event::DeleteAsked)
+}
+
+/// Grows a volume.
+///
+/// # Errors
+/// It is moving, would shrink, or finds no room.
+pub fn extend(record: &Record, size: u64, pool: &PoolRoom) -> Result<Admitted, Refusal> {
+    at_rest(record)?;
+    pool.check_size(size)?;
+    let present = record.growing.unwrap_or(record.size).bytes();
+    if size < present {
+        return Err(Refusal::SizeSmaller { wanted: size, present });
+    }
+    if size == present {
+        return Ok(Admitted::Already);
+    }
+    pool.check_room(size - present, 0)?;
+    Ok(Admitted::Journal(Record { growing: Some(Sectors::from_bytes(size)), ..record.clone() }))
+}
+
+/// Makes the handle exist.
+///
+/// # Errors
+/// Another node has the right to write, the generation is another, an old
+/// handle is still there, or a reboot asks for a confirmation.
+pub fn attach(
+    record: &Record,
+    generation: Option<Generation>,
+    handle: Option<&Device>,
+    boot: Uuid,
+) -> Result<Admitted, Refusal> {
+    if let Some(named) = generation
+        && named != record.generation
+    {
+        return Err(Refusal::GenerationStale { present: record.generation, named });
+    }
+    let writable_here = match &record.phase {
+        Phase::Creating | Phase::Deleting => return Err(Refusal::VolumeNotFound(record.id)),
+        Phase::Local => true,
+        Phase::Lent(lent) if lent.stage == LentStage::Published && lent.hold => true,
+        Phase::Lent(lent) if lent.stage == LentStage::Published => {
+            return Err(Refusal::VolumePublished { id: record.id, node: lent.to.node.clone() });
+        }
+        Phase::Lent(lent) if lent.stage == LentStage::Revoking => true,
+        Phase::Lent(lent) => {
+            return Err(Refusal::VolumeFenced { id: record.id, node: lent.to.node.clone() });
+        }
+        Phase::Receiving(receiving) => {
+            not_failed(record.id, receiving)?;
+            match receiving.stage {
+                ReceivingStage::Aborting | ReceivingStage::Withdrawing => {
+                    return Err(Refusal::VolumeMoving(record.id));
+                }
+                _ => false,
+            }
+        }
+    };
+    let mut wanted = record.clone();
+    wanted.attached = true;
+    if writable_here && !record.is_confirmed(boot) {
+        match (&record.lent_before, generation) {
+            (Some(borrower), None) => {
+                return Err(Refusal::ConfirmationRequired {
+                    id: record.id,
+                    node: borrower.node.clone(),
+                    generation: record.generation,
+                });
+            }
+            (Some(_) | None, _) => wanted.confirmed_in = Some(boot),
+        }
+    }
+    if !record.attached {
+        free_handle(record.id, handle)?;
+    }
+    Ok(if wanted == *record { Admitted::Already } else { Admitted::Journal(wanted) })
+}
+
+/// Removes the handle.
+///
+/// # Errors
+/// Somebody holds it open.
+pub fn detach(record: &Record, handle: Option<&Device>) -> Result<Admitted, Refusal> {
+    if let Some(receiving) = record.receiving() {
+        not_failed(record.id, receiving)?;
+    }
+    if handle.is_some_and(|handle| handle.open_count > 0 && !handle.leaving) {
+        return Err(Refusal::HandleInUse {
+            path: crate::plan::dm_name(record, crate::name::Role::Handle).path(),
+        });
+    }
+    if !record.attached {
+        return Ok(Admitted::Already);
+    }
+    Ok(Admitted::Journal(Record { attached: false, ..record.clone() }))
+}
+
+/// A request to offer a volume to a peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GrantRequest {
+    /// Who may receive.
+    pub to: Borrower,
+    /// NQN by which it connects.
+    pub host_nqn: String,
+    /// Whether this node goes on writing until it is fenced.
+    pub hold: bool,
+    /// The export, for a grant that is new.
+    pub export: Option<ExportName>,
+}
+
+/// Offers the volume to one peer.
+///
+/// # Errors
+/// It is attached although the move is not held, it is moving already, the peer
+/// is this node, or the grant's id stands for something else.
+pub fn grant(
+    record: &Record,
+    request: GrantRequest,
+    this_node: &str,
+    boot: Uuid,
+    spent: Option<&Tombstone>,
+) -> Result<Admitted, Refusal> {
+    let grant = request.to.grant;
+    if request.to.node == this_node {
+        return Err(Refusal::MoveToSelf(this_node.to_owned()));
+    }
+    if let Some(lent) = record.lent()
+        && lent.to.grant == grant
+    {
+        let field = match () {
+            () if lent.to.node != request.to.node => "node",
+            () if lent.to.endpoint != request.to.endpoint => "endpoint",
+            () if lent.host_nqn != request.host_nqn => "host_nqn",
+            () if lent.hold != request.hold => "hold",
+            () => return Ok(Admitted::Already),
+        };
+        return Err(Refusal::GrantExists { grant, field });
+    }
+    if spent.is_some() {
+        return Err(Refusal::GrantUnknown(grant));
+    }
+    at_rest(record)?;
+    if !request.hold && record.attached {
+        return Err(Refusal::VolumeAttached(record.id));
+    }
+    if !record.is_confirmed(boot)
+        && let Some(borrower) = &record.lent_before
+    {
+        return Err(Refusal::ConfirmationRequired {
+            id: record.id,
+            node: borrower.node.clone(),
+            generation: record.generation,
+        });
+    }
+    let export = request.export.ok_or(Refusal::PortsExhausted)?;
+    Ok(Admitted::Journal(Record {
+        lent_before: Some(request.to.clone()),
+        confirmed_in: Some(boot),
+        phase: Phase::Lent(Lent {
+            to: request.to,
+            host_nqn: request.host_nqn,
+            hold: request.hold,
+            export,
+            stage: LentStage::Published,
+        }),
+        ..record.clone()
+    }))
+}
+
+/// What a grant says of the volume that is to be received.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    /// The volume.
+    pub id: VolumeId,
+    /// Which volume of that id.
+    pub incarnation: Uuid,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Its logical block size in bytes.
+    pub logical_block_size: u32,
+    /// Where it comes from.
+    pub source: Source,
+}
+
+/// Receives a volume.
+///
+/// # Errors
+/// The id is taken here, an old handle is still there, the grant is spent, or
+/// the pool does not fit.
+pub fn receive(
+    existing: Option<&Record>,
+    offer: Offer,
+    pool: &PoolRoom,
+    handle: Option<&Device>,
+    this_node: &str,
+    spent: Option<&Tombstone>,
+) -> Result<Admitted, Refusal> {
+    let grant = offer.source.grant;
+    if offer.source.node == this_node {
+        return Err(Refusal::MoveToSelf(this_node.to_owned()));
+    }
+    if let Some(existing) = existing {
+        return match existing.receiving() {
+            Some(receiving) if receiving.source == offer.source => match receiving.stage {
+                ReceivingStage::Aborting | ReceivingStage::Withdrawing => {
+                    Err(Refusal::GrantUnknown(grant))
+                }
+                _ => Ok(Admitted::Already),
+            },
+            None if existing.came_by == Some(grant) => Ok(Admitted::Already),
+            Some(receiving) if receiving.source.grant == grant => {
+                Err(Refusal::GrantExists { grant, field: "grant" })
+            }
+            Some(_) => Err(Refusal::VolumeMoving(existing.id)),
+            None => Err(Refusal::VolumeExists { id: existing.id, field: "grant" }),
+        };
+    }
+    if spent.is_some() {
+        return Err(Refusal::GrantUnknown(grant));
+    }
+    free_handle(offer.id, handle)?;
+    if pool.logical_block_size != offer.logical_block_size {
+        return Err(Refusal::LogicalBlockSize {
+            pool: pool.logical_block_size,
+            volume: offer.logical_block_size,
+        });
+    }
+    pool.check_size(offer.size)?;
+    let size = Sectors::from_bytes(offer.size);
+    let region = hydration::region_size(offer.size, pool.chunk);
+    pool.check_room(offer.size, hydration::metadata_bytes(size, region))?;
+    Ok(Admitted::Journal(Record {
+        id: offer.id,
+        incarnation: offer.incarnation,
+        pool: pool.name.clone(),
+        size,
+        logical_block_size: offer.logical_block_size,
+        generation: offer.source.generation.next(),
+        attached: true,
+        data: None,
+        growing: None,
+        came_by: Some(grant),
+        lent_before: None,
+        confirmed_in: None,
+        tuning: Tuning::default(),
+        phase: Phase::Receiving(Box::new(Receiving {
+            source: offer.source,
+            meta: None,
+            region,
+            floor: 0,
+            stage: ReceivingStage::Allocating,
+            failure: None,
+        })),
+    }))
+}
+
+/// The guest has moved: fence the source.
+///
+/// # Errors
+/// The volume is not held.
+pub fn switch(record: &Record) -> Result<Admitted, Refusal> {
+    let Some(receiving) = record.receiving() else {
+        // The whole move may be over by the time the call is repeated.
+        return Err(Refusal::VolumeNotHeld(record.id));
+    };
+    not_failed(record.id, receiving)?;
+    match receiving.stage {
+        ReceivingStage::Held | ReceivingStage::Switching if receiving.source.hold => {
+            journal(record, Event::SwitchAsked)
+        }
+        ReceivingStage::Hydrating | ReceivingStage::Collapsing | ReceivingStage::Parting
+            if receiving.source.hold =>
+        {
+            Ok(Admitted::Already)
+        }
+        _ => Err(Refusal::VolumeNotHeld(record.id)),
+    }
+}
+
+/// Gives a move up: at the destination before anything was written, at the
+/// source before it is fenced.
+///
+/// # Errors
+/// It is too late, or writes wait at the destination.
+pub fn abort(record: &Record, held_writes: u64) -> Result<Admitted, Refusal> {
+    match &record.phase {
+        Phase::Lent(lent) => revoke(record, lent.to.grant),
+        Phase::Receiving(receiving) => match receiving.stage {
+            ReceivingStage::Held if held_writes > 0 => {
+                Err(Refusal::WrittenAtDestination { count: held_writes })
+            }
+            ReceivingStage::Allocating
+            | ReceivingStage::Zeroing
+            | ReceivingStage::Assembling
+            | ReceivingStage::Held
+            | ReceivingStage::Aborting => journal(record, Event::AbortAsked),
+            ReceivingStage::Withdrawing => Ok(Admitted::Already),
+            ReceivingStage::Switching
+            | ReceivingStage::Hydrating
+            | ReceivingStage::Collapsing
+            | ReceivingStage::Parting => Err(Refusal::GrantFenced(receiving.source.grant)),
+        },
+        Phase::Creating | Phase::Local | Phase::Deleting => Err(Refusal::VolumeNotHeld(record.id)),
+    }
+}
+
+/// Settings to change; what is absent stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Change {
+    /// Stop or go on.
+    pub paused: Option<bool>,
+    /// Bytes per second.
+    pub rate: Option<u64>,
+    /// Regions at the same time.
+    pub threshold: Option<u32>,
+    /// Contiguous regions as one.
+    pub batch: Option<u32>,
+}
+
+/// Changes how a volume is copied.
+///
+/// # Errors
+/// Nothing is being copied, or a setting is outside its range.
+pub fn tune(record: &Record, change: Change) -> Result<Admitted, Refusal> {
+    let range = |setting, value: Option<u32>, max| match value {
+        Some(value) if value == 0 || value > max => {
+            Err(Refusal::SettingOutOfRange { setting, range: format!("1 to {max}") })
+        }
+        _ => Ok(()),
+    };
+    range("threshold", change.threshold, MAX_THRESHOLD)?;
+    range("batch", change.batch, MAX_BATCH)?;
+    match record.receiving().map(|receiving| receiving.stage) {
+        Some(ReceivingStage::Held | ReceivingStage::Switching | ReceivingStage::Hydrating) => {}
+        _ => return Err(Refusal::VolumeNotHydrating(record.id)),
+    }
+    let mut wanted = record.clone();
+    let tuning = &mut wanted.tuning;
+    tuning.paused = change.paused.unwrap_or(tuning.paused);
+    tuning.rate = change.rate.unwrap_or(tuning.rate);
+    tuning.threshold = change.threshold.unwrap_or(tuning.threshold);
+    tuning.batch = change.batch.unwrap_or(tuning.batch);
+    Ok(if wanted == *record { Admitted::Already } else { Admitted::Journal(wanted) })
+}
+
+/// Who names a grant in a call from a peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// The grant.
+    pub grant: Uuid,
+    /// Which volume of that id.
+    pub incarnation: Uuid,
+    /// Generation of the copy here, as the peer knows it.
+    pub generation: Generation,
+}
+
+fn claimed<'a>(record: &'a Record, claim: &Claim) -> Result<&'a Lent, Refusal> {
+    let lent = record
+        .lent()
+        .filter(|lent| lent.to.grant == claim.grant && record.incarnation == claim.incarnation)
+        .ok_or(Refusal::GrantUnknown(claim.grant))?;
+    if claim.generation != record.generation {
+        return Err(Refusal::GenerationStale {
+            present: record.generation,
+            named: claim.generation,
+        });
+    }
+    Ok(lent)
+}
+
+/// The grant's holder asks that nobody here writes any more.
+///
+/// # Errors
+/// The grant is not open here, or names another generation.
+pub fn fence(record: &Record, claim: &Claim) -> Result<Admitted, Refusal> {
+    match claimed(record, claim)?.stage {
+        LentStage::Published | LentStage::Fencing | LentStage::Fenced => {
+            journal(record, Event::FenceAsked)
+        }
+        LentStage::Revoking => Err(Refusal::GrantUnknown(claim.grant)),
+        LentStage::Releasing => Ok(Admitted::Already),
+    }
+}
+
+/// The grant's holder has everything.
+///
+/// # Errors
+/// The grant is not open here, names another generation, or is not fenced.
+pub fn release(record: &Record, claim: &Claim) -> Result<Admitted, Refusal> {
+    match claimed(record, claim)?.stage {
+        LentStage::Fenced | LentStage::Releasing => journal(record, Event::ReleaseAsked),
+        LentStage::Published | LentStage::Fencing | LentStage::Revoking => {
+            Err(Refusal::GrantUnknown(claim.grant))
+        }
+    }
+}
+
+/// The grant is withdrawn. This and [`fence`] are one compare-and-set on the
+/// grant in this journal: whichever is journalled first, the other is refused.
+///
+/// # Errors
+/// The grant is not open here, or is fenced.
+pub fn revoke(record: &Record, grant: Uuid) -> Result<Admitted, Refusal> {
+    let lent =
+        record.lent().filter(|lent| lent.to.grant == grant).ok_or(Refusal::GrantUnknown(grant))?;
+    match lent.stage {
+        LentStage::Published | LentStage::Revoking => journal(record, Event::RevokeAsked),
+        LentStage::Fencing | LentStage::Fenced | LentStage::Releasing => {
+            Err(Refusal::GrantFenced(grant))
+        }
+    }
+}
+
+fn journal(record: &Record, event: Event) -> Result<Admitted, Refusal> {
+    match record.clone().after(event) {
+        Ok(after) if after == *record => Ok(Admitted::Already),
+        Ok(after) => Ok(Admitted::Journal(after)),
+        Err(IllegalTransition { .. }) => Err(Refusal::VolumeMoving(record.id)),
+    }
+}
+
+/// Neither lent nor being received nor on its way in or out.
+fn at_rest(record: &Record) -> Result<(), Refusal> {
+    match &record.phase {
+        Phase::Local => Ok(()),
+        Phase::Creating | Phase::Deleting => Err(Refusal::VolumeMoving(record.id)),
+        Phase::Lent(lent) => {
+            let (id, node) = (record.id, lent.to.node.clone());
+            Err(match lent.stage {
+                LentStage::Published | LentStage::Revoking => Refusal::VolumePublished { id, node },
+                LentStage::Fencing | LentStage::Fenced | LentStage::Releasing => {
+                    Refusal::VolumeFenced { id, node }
+                }
+            })
+        }
+        Phase::Receiving(receiving) => {
+            not_failed(record.id, receiving)?;
+            Err(Refusal::VolumeMoving(record.id))
+        }
+    }
+}
+
+fn not_failed(id: VolumeId, receiving: &Receiving) -> Result<(), Refusal> {
+    match &receiving.failure {
+        Some(failure) => Err(Refusal::VolumeFailed { id, why: failure.why.clone() }),
+        None => Ok(()),
+    }
+}
+
+fn free_handle(id: VolumeId, handle: Option<&Device>) -> Result<(), Refusal> {
+    match handle {
+        Some(_) => Err(Refusal::HandleInUse {
+            path: crate::name::DmName::new(id, Generation::FIRST, crate::name::Role::Handle).path(),
+        }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,635 @@
+//! What to do next for one volume: a pure function of what the journal says and
+//! what is there.
+//!
+//! [`next`] looks at everything anew each time and names only what may be done
+//! now; the caller does it, journals the event that follows, and asks again.
+//! So there is no plan that could be half done: a crash at any point is the
+//! same as being asked again, and start-up is the same code as every other
+//! moment. What must not happen twice (zeroing, removing) is guarded by the
+//! journalled stage, not by what is found.
+//!
+//! What this module refuses to do: decide on the word of one look that data is
+//! elsewhere, build a clone once the journal says that everything is here, or
+//! put a writable handle over a clone before the source has answered.
+
+use uuid::Uuid;
+
+use crate::{
+    hydration,
+    name::{self, DmName, Role},
+    table::{CloneStatus, Table, Target},
+    units::{DevNo, Sectors},
+    volume::{
+        Event, ExportName, Failure, Lent, LentStage, Phase, Receiving, ReceivingStage, Record,
+    },
+};
+
+/// What is there for one volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// Which boot this is.
+    pub boot: Uuid,
+    /// The data LV, when it is active.
+    pub data: Option<Lv>,
+    /// The clone metadata LV, when it is active.
+    pub meta: Option<Lv>,
+    /// The handle.
+    pub handle: Option<Device>,
+    /// The clone of the record's generation.
+    pub clone: Option<Device>,
+    /// The way to the source of the record's generation.
+    pub src: Option<Device>,
+    /// What the peer reads, of the record's generation.
+    pub export: Option<Device>,
+    /// What the clone says of itself.
+    pub clone_status: Option<CloneStatus>,
+    /// Whether the clone refuses discards.
+    pub discards_blocked: bool,
+    /// Writes and flushes that wait in the handle.
+    pub held: u64,
+    /// The export as nvmet has it.
+    pub published: Presence,
+    /// The import as the initiator has it.
+    pub import: Import,
+    /// Whether the source's path has failed although it may be back.
+    pub path_failed: bool,
+    /// Whether copying must rest for its byte rate or for the pool's sake.
+    pub resting: bool,
+    /// The settings that the clone was last given, when that is known.
+    pub tuned: Option<(u32, u32)>,
+}
+
+/// A logical volume that is active.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lv {
+    /// Its device number now.
+    pub device: DevNo,
+    /// Its size.
+    pub length: Sectors,
+}
+
+/// A device-mapper device of ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    /// Its device number now.
+    pub number: DevNo,
+    /// The live table; none before the first was loaded, and for a table that
+    /// is not one target over everything.
+    pub table: Option<Table>,
+    /// Whether it is suspended.
+    pub suspended: bool,
+    /// How often it is open.
+    pub open_count: u32,
+    /// Whether it goes as soon as its last user does.
+    pub leaving: bool,
+}
+
+/// How much of a thing is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Presence {
+    /// Nothing.
+    Absent,
+    /// Something, not all.
+    Partial,
+    /// All, as wanted.
+    Complete,
+}
+
+/// An NVMe connection to a source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Import {
+    /// Whether any controller for the export exists.
+    pub connected: bool,
+    /// The namespace's block device, found by its UUID.
+    pub namespace: Option<DevNo>,
+    /// Whether a controller is live: requests are answered, not queued.
+    pub live: bool,
+}
+
+/// One idempotent action.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Make the data LV, and the metadata LV of this size in bytes.
+    Allocate {
+        /// Size of the data LV in bytes.
+        data: u64,
+        /// Size of the metadata LV in bytes; none for a volume that is not
+        /// received.
+        meta: Option<u64>,
+    },
+    /// Grow the data LV.
+    Grow {
+        /// Its new size.
+        to: Sectors,
+    },
+    /// Zero the start of the metadata LV and remove it; absent is success.
+    RetireMeta,
+    /// The same, and remove the data LV; absent is success.
+    RetireAll,
+    /// Zero the first block of the metadata LV; refused while it is in use.
+    ZeroMeta(DevNo),
+    /// Give the device this table, making it if it is absent.
+    Set(Role, Table),
+    /// Load the clone; armed ones must show dm-clone's magic number and at
+    /// least this many hydrated regions.
+    LoadClone {
+        /// The table.
+        table: Table,
+        /// Regions that must be there; none for a clone that was never used.
+        floor: Option<u64>,
+    },
+    /// Remove the device; absent is success.
+    Remove(Role),
+    /// Remove the device as soon as its last user is gone.
+    RemoveDeferred(Role),
+    /// Suspend the handle: consumers must not go on.
+    SuspendHandle,
+    /// Resume the device.
+    Resume(Role),
+    /// Let consumers write: drop what the page cache holds of the handle and
+    /// give it this table.
+    OpenHandle(Table),
+    /// Make the clone refuse discards.
+    BlockDiscards(DevNo),
+    /// Turn background copying on or off.
+    Hydrate(bool),
+    /// Tell the clone how much to copy at once.
+    Tune {
+        /// Regions at the same time.
+        threshold: u32,
+        /// Contiguous regions as one.
+        batch: u32,
+    },
+    /// Commit the clone's metadata and check twice, before and after, that every
+    /// region is here and that it can still be written.
+    Commit,
+    /// Use the source's path again.
+    ReinstatePath(DevNo),
+    /// Publish the export device to the borrower.
+    Publish {
+        /// Identity of the export.
+        export: ExportName,
+        /// Who may connect.
+        host_nqn: String,
+    },
+    /// Take the export down, the port first.
+    Unpublish {
+        /// Identity of the export.
+        export: ExportName,
+        /// Who could connect.
+        host_nqn: String,
+    },
+    /// Connect to the source.
+    Connect(ExportName),
+    /// Drop the connection to the source.
+    Disconnect(ExportName),
+    /// The same, after telling the way to the source to fail what it queues.
+    CutSource(ExportName),
+    /// Let the clone, then the handle, fail every request: what was held back
+    /// is refused rather than acknowledged.
+    Seal(Table),
+    /// Write the handle's page cache back, then let it fail every request.
+    FenceHandle(Table),
+    /// Flush the data LV to stable storage.
+    Flush(DevNo),
+}
+
+/// A question to the other node's agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// To the source: fence.
+    Fence,
+    /// To the source: let go.
+    Release,
+    /// To the source: withdraw the grant.
+    Revoke,
+    /// To the last borrower: did you take it?
+    QueryGrant,
+}
+
+/// Why nothing is to be done now although the volume is not at rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// The consumer's first write, or a call.
+    Switch,
+    /// Copying goes on in the kernel.
+    Hydration,
+    /// The source does not answer.
+    Source,
+    /// An operator or a reboot.
+    Operator,
+    /// The pool's logical volumes are not active.
+    Pool,
+    /// The peer's fence or release.
+    Peer,
+}
+
+/// The answer of [`next`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Next {
+    /// Do all of these, in any order or at the same time.
+    Do(Vec<Step>),
+    /// Do this, then journal that it is done.
+    DoThen(Step, Event),
+    /// Do all of these at the same time; the first is `Step::Allocate`, and the
+    /// `Allocated` event that it yields is to be journalled even if another
+    /// fails.
+    Allocate(Vec<Step>),
+    /// Commit the clone's metadata and journal how many regions are here for
+    /// good.
+    JournalFloor,
+    /// Journal this.
+    Journal(Event),
+    /// Ask the other node and journal its answer.
+    Ask(Call),
+    /// Ask the other node; once it has answered, the record may go.
+    AskThenForget(Call),
+    /// Nothing now; look again on any change.
+    Wait(Wait),
+    /// Nothing at all.
+    Settled,
+    /// Do these one after the other, then remove the record and leave its
+    /// tombstones.
+    Forget(Vec<Step>),
+}
+
+/// What to do next.
+pub fn next(record: &Record, seen: &Seen) -> Next {
+    let plan = Plan { record, seen };
+    match &record.phase {
+        Phase::Creating => {
+            Next::Allocate(vec![Step::Allocate { data: record.size.bytes(), meta: None }])
+        }
+        Phase::Local => plan.local(),
+        Phase::Lent(lent) => plan.lent(lent),
+        Phase::Receiving(receiving) => plan.receiving(receiving),
+        Phase::Deleting if seen.handle.is_some() => Next::Do(vec![Step::Remove(Role::Handle)]),
+        Phase::Deleting => Next::Forget(vec![Step::RetireAll]),
+    }
+}
+
+/// Names of the LVs of a record, data first.
+pub fn lv_names(record: &Record) -> (String, String) {
+    (name::data_lv(record.id, record.generation), name::meta_lv(record.id, record.generation))
+}
+
+/// Name of a device of a record.
+pub fn dm_name(record: &Record, role: Role) -> DmName {
+    DmName::new(record.id, record.generation, role)
+}
+
+struct Plan<'a> {
+    record: &'a Record,
+    seen: &'a Seen,
+}
+
+fn one(step: Step) -> Next {
+    Next::Do(vec![step])
+}
+
+impl Plan<'_> {
+    fn table(&self, target: Target) -> Table {
+        Table { length: self.record.size, target }
+    }
+
+    fn on_data(&self, data: &Lv) -> Table {
+        self.table(Target::Linear { device: data.device, offset: Sectors(0) })
+    }
+
+    /// Brings the handle to `table` if somebody wants it, and away otherwise;
+    /// `None` when it is as it should be.
+    fn handle(&self, table: &Table, open: impl FnOnce(Table) -> Step) -> Option<Next> {
+        match &self.seen.handle {
+            Some(_) if !self.record.attached => Some(one(Step::Remove(Role::Handle))),
+            Some(handle) if handle.table.as_ref() != Some(table) => Some(one(open(table.clone()))),
+            Some(handle) if handle.suspended => Some(one(Step::Resume(Role::Handle))),
+            None if self.record.attached => Some(one(open(table.clone()))),
+            Some(_) | None => None,
+        }
+    }
+
+    fn set_handle(table: Table) -> Step {
+        Step::Set(Role::Handle, table)
+    }
+
+    fn local(&self) -> Next {
+        let Some(data) = &self.seen.data else { return Next::Wait(Wait::Pool) };
+        if let Some(to) = self.record.growing {
+            return Next::DoThen(Step::Grow { to }, Event::Grown);
+        }
+        self.own_handle(data).unwrap_or(Next::Settled)
+    }
+
+    /// The handle of a volume that this node may write.
+    fn own_handle(&self, data: &Lv) -> Option<Next> {
+        if self.record.attached && !self.record.is_confirmed(self.seen.boot) {
+            return Some(Next::Ask(Call::QueryGrant));
+        }
+        self.handle(&self.on_data(data), Self::set_handle)
+    }
+
+    fn lent(&self, lent: &Lent) -> Next {
+        let Some(data) = &self.seen.data else { return Next::Wait(Wait::Pool) };
+        match lent.stage {
+            LentStage::Published => self
+                .exported(lent, data)
+                .or_else(|| self.own_handle(data))
+                .unwrap_or(Next::Wait(Wait::Peer)),
+            LentStage::Fencing => self
+                .fenced_handle()
+                .unwrap_or(Next::DoThen(Step::Flush(data.device), Event::Fenced)),
+            LentStage::Fenced => self
+                .fenced_handle()
+                .or_else(|| self.exported(lent, data))
+                .unwrap_or(Next::Wait(Wait::Peer)),
+            LentStage::Revoking => self.unexported(lent).unwrap_or(Next::Journal(Event::Revoked)),
+            LentStage::Releasing => self
+                .fenced_handle()
+                .or_else(|| self.unexported(lent))
+                .or_else(|| self.handle_leaving())
+                .unwrap_or(Next::Forget(vec![Step::RetireAll])),
+        }
+    }
+
+    /// The device below the export, then the export.
+    fn exported(&self, lent: &Lent, data: &Lv) -> Option<Next> {
+        let table = self.table(Target::ReadOnly { device: data.device });
+        let below = self.seen.export.as_ref().and_then(|device| device.table.as_ref());
+        if below != Some(&table) {
+            return Some(one(Step::Set(Role::Export, table)));
+        }
+        (self.seen.published != Presence::Complete).then(|| {
+            one(Step::Publish { export: lent.export.clone(), host_nqn: lent.host_nqn.clone() })
+        })
+    }
+
+    fn unexported(&self, lent: &Lent) -> Option<Next> {
+        if self.seen.published != Presence::Absent {
+            return Some(one(Step::Unpublish {
+                export: lent.export.clone(),
+                host_nqn: lent.host_nqn.clone(),
+            }));
+        }
+        self.seen.export.as_ref().map(|_| one(Step::Remove(Role::Export)))
+    }
+
+    /// A handle that fails every request, for as long as somebody holds it;
+    /// it is never made anew.
+    fn fenced_handle(&self) -> Option<Next> {
+        let handle = self.seen.handle.as_ref()?;
+        let table = self.table(Target::Error);
+        if handle.table.as_ref() != Some(&table) || handle.suspended {
+            return Some(one(Step::FenceHandle(table)));
+        }
+        let stays = self.record.attached || handle.open_count > 0;
+        (!stays).then(|| one(Step::Remove(Role::Handle)))
+    }
+
+    /// A handle that nobody new may use goes with its last user.
+    fn handle_leaving(&self) -> Option<Next> {
+        let handle = self.seen.handle.as_ref()?;
+        (!handle.leaving).then(|| one(Step::RemoveDeferred(Role::Handle)))
+    }
+
+    fn receiving(&self, receiving: &Receiving) -> Next {
+        use ReceivingStage as S;
+        if let Some(failure) = &receiving.failure {
+            return self.failed(failure);
+        }
+        match receiving.stage {
+            S::Allocating => self.allocating(receiving),
+            S::Aborting => self.aborting(receiving),
+            S::Withdrawing => Next::AskThenForget(Call::Revoke),
+            stage @ (S::Zeroing
+            | S::Assembling
+            | S::Held
+            | S::Switching
+            | S::Hydrating
+            | S::Collapsing
+            | S::Parting) => {
+                let Some(data) = &self.seen.data else { return Next::Wait(Wait::Pool) };
+                match stage {
+                    S::Collapsing => self
+                        .handle(&self.on_data(data), Self::set_handle)
+                        .unwrap_or(Next::DoThen(Step::Flush(data.device), Event::Collapsed)),
+                    S::Parting => self.parting(receiving, data),
+                    _ => match &self.seen.meta {
+                        None => Next::Wait(Wait::Pool),
+                        Some(meta) => self.above_meta(receiving, data, meta),
+                    },
+                }
+            }
+        }
+    }
+
+    fn failed(&self, failure: &Failure) -> Next {
+        if failure.boot != self.seen.boot {
+            return Next::Journal(Event::Rebooted);
+        }
+        match &self.seen.handle {
+            Some(handle) if !handle.suspended => one(Step::SuspendHandle),
+            Some(_) | None => Next::Wait(Wait::Operator),
+        }
+    }
+
+    fn allocating(&self, receiving: &Receiving) -> Next {
+        let meta = hydration::metadata_bytes(self.record.size, receiving.region);
+        let mut steps = vec![Step::Allocate { data: self.record.size.bytes(), meta: Some(meta) }];
+        if !self.seen.import.connected {
+            steps.push(Step::Connect(receiving.source.export.clone()));
+        }
+        Next::Allocate(steps)
+    }
+
+    fn above_meta(&self, receiving: &Receiving, data: &Lv, meta: &Lv) -> Next {
+        use ReceivingStage as S;
+        if receiving.stage == S::Zeroing {
+            return Next::DoThen(Step::ZeroMeta(meta.device), Event::Zeroed);
+        }
+        let armed = receiving.stage != S::Assembling;
+        if !armed && self.seen.import.namespace.is_none() {
+            return one(Step::Connect(receiving.source.export.clone()));
+        }
+        let clone = match self.clone_built(receiving, data, meta, armed) {
+            Ok(clone) => clone,
+            Err(next) => return next,
+        };
+        if !armed {
+            return Next::Journal(Event::Armed);
+        }
+        if receiving.stage == S::Hydrating
+            && let Some(next) = self.failed_clone()
+        {
+            return next;
+        }
+        let stacked = match receiving.stage {
+            S::Hydrating => {
+                let device = clone.number;
+                let table = self.table(Target::Linear { device, offset: Sectors(0) });
+                self.handle(&table, Step::OpenHandle)
+            }
+            _ => self.handle(&self.table(Target::Hold { device: clone.number }), Self::set_handle),
+        };
+        if let Some(next) = stacked {
+            return next;
+        }
+        match receiving.stage {
+            S::Held if self.seen.held > 0 => Next::Journal(Event::SwitchAsked),
+            S::Held => self.source_reached(receiving).unwrap_or(Next::Wait(Wait::Switch)),
+            S::Switching => Next::Ask(Call::Fence),
+            _ => self.hydrating(receiving),
+        }
+    }
+
+    /// The clone on its metadata, its destination and its source, refusing
+    /// discards; or what must be done first.
+    fn clone_built(
+        &self,
+        receiving: &Receiving,
+        data: &Lv,
+        meta: &Lv,
+        armed: bool,
+    ) -> Result<&Device, Next> {
+        let namespace = self.seen.import.namespace;
+        let src = match &self.seen.src {
+            None => {
+                return Err(one(Step::Set(
+                    Role::Src,
+                    self.table(Target::Queue { path: namespace }),
+                )));
+            }
+            Some(src) => src,
+        };
+        let path = match src.table.as_ref().map(|table| &table.target) {
+            Some(Target::Queue { path }) => *path,
+            _ => None,
+        };
+        // A source that is away keeps the path it had: its requests wait there.
+        if src.table.is_none() || (namespace.is_some() && path != namespace) {
+            let path = namespace;
+            return Err(one(Step::Set(Role::Src, self.table(Target::Queue { path }))));
+        }
+        let table = self.table(Target::Clone {
+            meta: meta.device,
+            dest: data.device,
+            src: src.number,
+            region: receiving.region,
+        });
+        let clone = match &self.seen.clone {
+            Some(clone) if clone.table.as_ref() == Some(&table) => clone,
+            // Another live table on it would be a second instance of the
+            // metadata, or somebody else's work.
+            Some(Device { table: Some(_), .. }) => return Err(Next::Wait(Wait::Operator)),
+            Some(Device { table: None, .. }) | None => {
+                let floor = armed.then_some(receiving.floor);
+                return Err(one(Step::LoadClone { table, floor }));
+            }
+        };
+        if clone.suspended {
+            return Err(one(Step::Resume(Role::Clone)));
+        }
+        if !self.seen.discards_blocked {
+            return Err(one(Step::BlockDiscards(clone.number)));
+        }
+        Ok(clone)
+    }
+
+    fn failed_clone(&self) -> Option<Next> {
+        let why = match self.seen.clone_status.as_ref()? {
+            CloneStatus::Working { read_only: false, .. } => return None,
+            CloneStatus::Working { read_only: true, .. } => {
+                "dm-clone can no longer write its metadata"
+            }
+            CloneStatus::Failed => "dm-clone failed",
+        };
+        let failed = Event::Failed(Failure { why: why.to_owned(), boot: self.seen.boot });
+        Some(match &self.seen.handle {
+            Some(handle) if !handle.suspended => Next::DoThen(Step::SuspendHandle, failed),
+            Some(_) | None => Next::Journal(failed),
+        })
+    }
+
+    /// A connection to the source whose path is in use.
+    fn source_reached(&self, receiving: &Receiving) -> Option<Next> {
+        let import = &self.seen.import;
+        if !import.connected {
+            return Some(one(Step::Connect(receiving.source.export.clone())));
+        }
+        match import.namespace {
+            Some(namespace) if import.live && self.seen.path_failed => {
+                Some(one(Step::ReinstatePath(namespace)))
+            }
+            _ => None,
+        }
+    }
+
+    fn hydrating(&self, receiving: &Receiving) -> Next {
+        let Some(CloneStatus::Working { hydrated, total, enabled, .. }) = self.seen.clone_status
+        else {
+            return Next::Wait(Wait::Operator);
+        };
+        if hydrated == total {
+            return Next::DoThen(Step::Commit, Event::Committed);
+        }
+        let import = &self.seen.import;
+        let reachable = import.live && import.namespace.is_some() && !self.seen.path_failed;
+        let tuning = &self.record.tuning;
+        let wanted = reachable && !tuning.paused && !self.seen.resting;
+        if enabled && !wanted {
+            return one(Step::Hydrate(false));
+        }
+        if !reachable {
+            return self.source_reached(receiving).unwrap_or(Next::Wait(Wait::Source));
+        }
+        if self.seen.tuned != Some((tuning.threshold, tuning.batch)) {
+            return one(Step::Tune { threshold: tuning.threshold, batch: tuning.batch });
+        }
+        if wanted && !enabled {
+            return one(Step::Hydrate(true));
+        }
+        if hydrated.saturating_sub(receiving.floor) >= total.div_ceil(8) {
+            return Next::JournalFloor;
+        }
+        Next::Wait(Wait::Hydration)
+    }
+
+    fn parting(&self, receiving: &Receiving, data: &Lv) -> Next {
+        if let Some(next) = self.handle(&self.on_data(data), Self::set_handle) {
+            return next;
+        }
+        if self.seen.clone.is_some() {
+            return one(Step::Remove(Role::Clone));
+        }
+        if self.seen.src.is_some() {
+            return one(Step::Remove(Role::Src));
+        }
+        if self.seen.import.connected {
+            return one(Step::Disconnect(receiving.source.export.clone()));
+        }
+        if receiving.meta.is_some() {
+            return Next::DoThen(Step::RetireMeta, Event::MetaRetired);
+        }
+        Next::Ask(Call::Release)
+    }
+
+    fn aborting(&self, receiving: &Receiving) -> Next {
+        let error = self.table(Target::Error);
+        // Reads that wait for a source would keep the seal from closing.
+        if self.seen.import.connected {
+            return one(Step::CutSource(receiving.source.export.clone()));
+        }
+        let open = |device: &Option<Device>| {
+            device.as_ref().is_some_and(|device| device.table.as_ref() != Some(&error))
+        };
+        if open(&self.seen.clone) || open(&self.seen.handle) {
+            return one(Step::Seal(error));
+        }
+        if self.seen.clone.is_some() {
+            return one(Step::Remove(Role::Clone));
+        }
+        if self.seen.src.is_some() {
+            return one(Step::Remove(Role::Src));
+        }
+        self.handle_leaving().unwrap_or(Next::DoThen(Step::RetireAll, Event::Retired))
+    }
+}

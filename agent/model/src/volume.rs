@@ -1,0 +1,460 @@
+//! What the journal says of a volume on one node, and how that may change.
+//!
+//! ```text
+//! Creating ──────────────► Local ◄────────────────────────┐
+//!                          │   ▲ revoked                  │
+//!                 granted  ▼   │                          │ source released
+//!                        Lent: Published ─► Fencing ─► Fenced ─► Releasing ─► gone
+//!                                  └► Revoking
+//!
+//! Receiving: Allocating ─► Zeroing ─► Assembling ─┬► Held ─┬► Switching ─► Hydrating
+//!                 │           │           │       └► cold ─┘                  ▼
+//!                 └───────────┴───────────┴─► Aborting ◄ Held            Collapsing
+//!                                                 ▼                           ▼
+//!                                            Withdrawing ─► gone           Parting ─► Local
+//! ```
+//!
+//! The record is the intent: it is written before anything is done, and
+//! [`crate::plan`] derives every action from it and from what is really there.
+//! Nothing here refuses or allows a request of a caller; that is
+//! [`crate::admit`]'s work.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{
+    hydration::Tuning,
+    name::{Generation, VolumeId},
+    units::Sectors,
+};
+
+/// Everything the journal holds of one volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    /// What callers name.
+    pub id: VolumeId,
+    /// Chosen at creation and carried along: tells this volume from a later one
+    /// with the same id.
+    pub incarnation: Uuid,
+    /// Pool on this node.
+    pub pool: String,
+    /// Size of the volume.
+    pub size: Sectors,
+    /// Logical block size in bytes; the same on every node.
+    pub logical_block_size: u32,
+    /// Counts hand-overs of the right to write.
+    pub generation: Generation,
+    /// Whether a consumer on this node wants the handle.
+    pub attached: bool,
+    /// LVM's UUID of the data LV, once it exists.
+    pub data: Option<String>,
+    /// The size that the data LV is being grown to.
+    pub growing: Option<Sectors>,
+    /// The grant through which this copy came here.
+    pub came_by: Option<Uuid>,
+    /// The last grant ever given for this copy, for the question after a reboot.
+    pub lent_before: Option<Borrower>,
+    /// The boot in which it was confirmed that the borrower took nothing.
+    pub confirmed_in: Option<Uuid>,
+    /// Settings of the copy.
+    pub tuning: Tuning,
+    /// Where the volume stands.
+    pub phase: Phase,
+}
+
+/// Where a volume stands on this node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// The data LV is being made.
+    Creating,
+    /// All data is here and nobody else has a claim.
+    Local,
+    /// Offered to a peer, or being handed over to it.
+    Lent(Lent),
+    /// Being built from a peer's export, or copying from it.
+    Receiving(Box<Receiving>),
+    /// On its way out, on a caller's word.
+    Deleting,
+}
+
+/// Whom a grant was given to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Borrower {
+    /// The grant.
+    pub grant: Uuid,
+    /// Name of the node.
+    pub node: String,
+    /// URL of its agent.
+    pub endpoint: String,
+}
+
+/// The source's side of a grant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lent {
+    /// Who may read, by which grant.
+    pub to: Borrower,
+    /// NQN by which the borrower connects.
+    pub host_nqn: String,
+    /// Whether the volume stays writable here until the fence is asked for;
+    /// otherwise it is closed from the start.
+    pub hold: bool,
+    /// What is exported.
+    pub export: ExportName,
+    /// How far the hand-over is.
+    pub stage: LentStage,
+}
+
+/// Identity of an export; random per grant and never used again, so that a
+/// late replay of an old connection meets nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExportName {
+    /// NQN of the subsystem.
+    pub subsystem_nqn: String,
+    /// UUID of the namespace.
+    pub namespace_uuid: Uuid,
+    /// NGUID of the namespace.
+    pub namespace_nguid: Uuid,
+    /// Address on which it listens.
+    pub address: String,
+    /// TCP port on which it listens; one export a port.
+    pub port: u16,
+}
+
+/// How far a hand-over is at the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LentStage {
+    /// The peer may read; this node may still write, if the grant is held.
+    Published,
+    /// The peer asked for the fence: writing ends.
+    Fencing,
+    /// Nobody on this node can write; everything acknowledged is on stable
+    /// storage. Only a release ends this.
+    Fenced,
+    /// The grant was withdrawn before it was fenced.
+    Revoking,
+    /// The peer has everything; this copy goes.
+    Releasing,
+}
+
+/// The destination's side of a grant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Receiving {
+    /// Where the data comes from, as the source granted it.
+    pub source: Source,
+    /// LVM's UUID of the clone metadata LV, once it exists.
+    pub meta: Option<String>,
+    /// Region size of the copy.
+    pub region: Sectors,
+    /// Regions that are known to be here for good: an armed load that finds
+    /// fewer has the wrong metadata.
+    pub floor: u64,
+    /// How far the copy is.
+    pub stage: ReceivingStage,
+    /// Why nothing more may be done until the node has rebooted.
+    pub failure: Option<Failure>,
+}
+
+/// What a grant tells its receiver.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// The grant.
+    pub grant: Uuid,
+    /// The node that holds the data.
+    pub node: String,
+    /// URL of its agent.
+    pub endpoint: String,
+    /// Generation of its copy.
+    pub generation: Generation,
+    /// Whether the source stays writable until it is fenced.
+    pub hold: bool,
+    /// How to connect.
+    pub export: ExportName,
+}
+
+/// How far a copy is at the destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReceivingStage {
+    /// The LVs are being made.
+    Allocating,
+    /// They exist; the metadata may hold anything.
+    Zeroing,
+    /// The metadata starts with zeros, or holds a clone that nobody has used.
+    Assembling,
+    /// Readable. Writes wait, because the source may still be written.
+    Held,
+    /// The source has been asked for the fence; the answer is not known.
+    Switching,
+    /// The source is fenced: writable, copying.
+    Hydrating,
+    /// Everything is here, committed twice: only the data LV counts now. A
+    /// clone is never built again.
+    Collapsing,
+    /// The handle stands on the data LV and is flushed: the clone goes, and the
+    /// source is told to let go.
+    Parting,
+    /// Given up before anything was written; being taken down.
+    Aborting,
+    /// Nothing of it is left here; the source is to be told.
+    Withdrawing,
+}
+
+/// Something that only a reboot or an operator can end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Failure {
+    /// What happened.
+    pub why: String,
+    /// The boot in which it happened: consumers of that boot may have seen
+    /// blocks go back in time, those of a later one have lost power anyway.
+    pub boot: Uuid,
+}
+
+/// Something that has happened and is to be journalled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The LVs exist.
+    Allocated {
+        /// UUID of the data LV.
+        data: String,
+        /// UUID of the clone metadata LV.
+        meta: Option<String>,
+    },
+    /// The data LV has its new size.
+    Grown,
+    /// The start of the clone metadata is zero.
+    Zeroed,
+    /// The clone is complete and may be handed out.
+    Armed,
+    /// The source must be fenced.
+    SwitchAsked,
+    /// The source answered that it is fenced and flushed.
+    SourceFenced,
+    /// The source answered that it will not fence under this grant.
+    SourceRefused,
+    /// So many regions are here for good.
+    Floor(u64),
+    /// Every region is here and committed.
+    Committed,
+    /// The handle is on the data LV and flushed.
+    Collapsed,
+    /// The source has let go.
+    SourceReleased,
+    /// The clone metadata LV is gone.
+    MetaRetired,
+    /// The move is given up.
+    AbortAsked,
+    /// Nothing of the given-up move is left here.
+    Retired,
+    /// The copy cannot go on in this boot.
+    Failed(Failure),
+    /// A later boot begins.
+    Rebooted,
+    /// The grant's holder asks for the fence.
+    FenceAsked,
+    /// Nobody can write here and everything is flushed.
+    Fenced,
+    /// The grant is withdrawn.
+    RevokeAsked,
+    /// Nothing of the export is left.
+    Revoked,
+    /// The grant's holder needs this copy no more.
+    ReleaseAsked,
+    /// The borrower took nothing, as of this boot.
+    Confirmed(Uuid),
+    /// A caller wants the volume gone.
+    DeleteAsked,
+}
+
+/// An event that cannot happen where the volume stands.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{event:?} cannot follow {phase:?}")]
+pub struct IllegalTransition {
+    phase: Box<Phase>,
+    event: Box<Event>,
+}
+
+impl Record {
+    /// The only place where a phase changes. An event may be repeated (a crash
+    /// came between the act and the journal), never skipped.
+    ///
+    /// # Errors
+    /// Returns [`IllegalTransition`] and changes nothing.
+    pub fn after(mut self, event: Event) -> Result<Self, IllegalTransition> {
+        let illegal = IllegalTransition {
+            phase: Box::new(self.phase.clone()),
+            event: Box::new(event.clone()),
+        };
+        match (&mut self.phase, event) {
+            (Phase::Creating, Event::Allocated { data, meta: None }) => {
+                self.data = Some(data);
+                self.phase = Phase::Local;
+            }
+            (Phase::Creating | Phase::Local | Phase::Deleting, Event::DeleteAsked) => {
+                self.phase = Phase::Deleting;
+            }
+            (Phase::Local, Event::Grown) => {
+                if let Some(size) = self.growing.take() {
+                    self.size = size;
+                }
+            }
+            (Phase::Local | Phase::Lent(_), Event::Confirmed(boot)) => {
+                self.confirmed_in = Some(boot);
+            }
+            (Phase::Lent(lent), event) => {
+                use LentStage as S;
+                lent.stage = match (lent.stage, event) {
+                    (S::Published | S::Fencing, Event::FenceAsked) => S::Fencing,
+                    (S::Fencing, Event::Fenced) => S::Fenced,
+                    (S::Fenced, Event::FenceAsked | Event::Fenced) => S::Fenced,
+                    (S::Published | S::Revoking, Event::RevokeAsked) => S::Revoking,
+                    (S::Fenced | S::Releasing, Event::ReleaseAsked) => S::Releasing,
+                    (S::Revoking, Event::Revoked) => {
+                        self.phase = Phase::Local;
+                        return Ok(self);
+                    }
+                    _ => return Err(illegal),
+                };
+            }
+            (Phase::Receiving(receiving), event) => {
+                use ReceivingStage as S;
+                receiving.stage = match (receiving.stage, event) {
+                    (S::Allocating, Event::Allocated { data, meta: Some(meta) }) => {
+                        self.data = Some(data);
+                        receiving.meta = Some(meta);
+                        S::Zeroing
+                    }
+                    (S::Zeroing, Event::Zeroed) => S::Assembling,
+                    (S::Assembling, Event::Armed) if receiving.source.hold => S::Held,
+                    (S::Assembling, Event::Armed) => S::Switching,
+                    (S::Held | S::Switching, Event::SwitchAsked) => S::Switching,
+                    (S::Switching, Event::SourceFenced) => S::Hydrating,
+                    (S::Switching, Event::SourceRefused) => S::Held,
+                    (S::Hydrating, Event::Floor(floor)) => {
+                        receiving.floor = receiving.floor.max(floor);
+                        S::Hydrating
+                    }
+                    (S::Hydrating, Event::Committed) => S::Collapsing,
+                    (S::Collapsing, Event::Collapsed) => S::Parting,
+                    (S::Parting, Event::MetaRetired) => {
+                        receiving.meta = None;
+                        S::Parting
+                    }
+                    (S::Parting, Event::SourceReleased) => {
+                        self.phase = Phase::Local;
+                        return Ok(self);
+                    }
+                    (
+                        S::Allocating | S::Zeroing | S::Assembling | S::Held | S::Aborting,
+                        Event::AbortAsked,
+                    ) => S::Aborting,
+                    (S::Aborting, Event::Retired) => S::Withdrawing,
+                    (stage @ (S::Held | S::Switching | S::Hydrating), Event::Failed(failure)) => {
+                        receiving.failure = Some(failure);
+                        stage
+                    }
+                    (stage, Event::Rebooted) => {
+                        receiving.failure = None;
+                        stage
+                    }
+                    _ => return Err(illegal),
+                };
+            }
+            _ => return Err(illegal),
+        }
+        Ok(self)
+    }
+
+    /// The source's side of a grant, where there is one.
+    pub fn lent(&self) -> Option<&Lent> {
+        match &self.phase {
+            Phase::Lent(lent) => Some(lent),
+            Phase::Creating | Phase::Local | Phase::Receiving(_) | Phase::Deleting => None,
+        }
+    }
+
+    /// The destination's side of a grant, where there is one.
+    pub fn receiving(&self) -> Option<&Receiving> {
+        match &self.phase {
+            Phase::Receiving(receiving) => Some(receiving),
+            Phase::Creating | Phase::Local | Phase::Lent(_) | Phase::Deleting => None,
+        }
+    }
+
+    /// Whether this node has taken the right to write by `grant`, or may have:
+    /// from the moment at which the source is asked for the fence.
+    pub fn has_taken(&self, grant: Uuid) -> bool {
+        use ReceivingStage as S;
+        match self.receiving() {
+            Some(receiving) => {
+                receiving.source.grant == grant
+                    && match receiving.stage {
+                        S::Switching | S::Hydrating | S::Collapsing | S::Parting => true,
+                        S::Allocating
+                        | S::Zeroing
+                        | S::Assembling
+                        | S::Held
+                        | S::Aborting
+                        | S::Withdrawing => false,
+                    }
+            }
+            None => self.came_by == Some(grant),
+        }
+    }
+
+    /// Whether the handle may stand on the data LV as far as earlier grants are
+    /// concerned: after a reboot, a volume that was once lent stays closed
+    /// until somebody has confirmed that the borrower took nothing.
+    pub fn is_confirmed(&self, boot: Uuid) -> bool {
+        self.lent_before.is_none() || self.confirmed_in == Some(boot)
+    }
+
+    /// What is left in the journal when the record goes.
+    pub fn epitaphs(&self) -> Vec<Tombstone> {
+        let stone =
+            |grant, fate| Tombstone { volume: self.id, incarnation: self.incarnation, grant, fate };
+        let arrival = match self.receiving() {
+            Some(receiving) => Some(stone(receiving.source.grant, Fate::Aborted)),
+            None => self.came_by.map(|grant| stone(grant, Fate::Taken)),
+        };
+        let departure = self.lent().map(|lent| stone(lent.to.grant, Fate::Released));
+        arrival.into_iter().chain(departure).collect()
+    }
+}
+
+/// What became of a grant whose record is gone. Kept for ever: a delayed call
+/// may come at any time, and clocks prove nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tombstone {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Which volume of that id.
+    pub incarnation: Uuid,
+    /// The grant.
+    pub grant: Uuid,
+    /// How it ended on this node.
+    pub fate: Fate,
+}
+
+/// How a grant ended on a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fate {
+    /// This node was the source and has let go.
+    Released,
+    /// This node was the source and withdrew the grant.
+    Revoked,
+    /// This node was the destination and gave up unwritten.
+    Aborted,
+    /// This node was the destination and took the volume; it has gone on since.
+    Taken,
+}
