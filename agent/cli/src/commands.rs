@@ -3,21 +3,207 @@
 use std::{fs, path::Path};
 
 use clap::CommandFactory as _;
+use dmlocal_proto::v1::{
+    AbortRequest, AttachVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest,
+    DetachVolumeRequest, ExtendVolumeRequest, GetVolumeRequest, ListPoolsRequest,
+    ListVolumesRequest, PauseHydrationRequest, ResumeHydrationRequest, SwitchRequest,
+    TuneHydrationRequest, Volume,
+};
 
 use crate::{
-    args::{Cli, Command, Global, Output, PkiCommand},
+    args::{
+        Cli, Command, Global, HydrationCommand, NodeCommand, Output, PkiCommand, PoolCommand,
+        VolumeCommand, check_id,
+    },
+    client::Agent,
     error::{Failure, reason},
-    output, pki,
+    moving, output, pki, watch,
 };
 
 /// Runs one command to its end.
 pub(crate) fn run(cli: &Cli) -> Result<(), Failure> {
+    let global = &cli.global;
     match &cli.command {
-        Command::Pki(command) => certificates(&cli.global, command),
+        Command::Pki(command) => certificates(global, command),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => man(dir),
-        _ => Err(Failure::new(reason::INTERNAL, "not built yet")),
+        Command::Status { id, watch } => online(status(global, id.as_deref(), *watch)),
+        Command::Pool(PoolCommand::List) => online(pools(global)),
+        Command::Node(NodeCommand::Show) => online(node(global)),
+        Command::Hydration(command) => online(hydration(global, command)),
+        Command::Volume(command) => online(volume(global, command)),
     }
+}
+
+/// Runs what talks to agents.
+fn online(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(reason::INTERNAL, format!("starting: {error}")))?
+        .block_on(work)
+}
+
+async fn connect(global: &Global) -> Result<Agent, Failure> {
+    Agent::connect(&global.endpoint, global).await
+}
+
+async fn status(global: &Global, id: Option<&str>, watch: bool) -> Result<(), Failure> {
+    id.map_or(Ok(()), check_id)?;
+    let agent = connect(global).await?;
+    if watch {
+        return watch::run(&agent, id, global.output).await;
+    }
+    let volumes = match id {
+        None => list(&agent).await?,
+        Some(id) => {
+            let ask = GetVolumeRequest { id: id.to_owned() };
+            vec![agent.ask(agent.volumes().get(ask)).await?]
+        }
+    };
+    print_volumes(global, &volumes)
+}
+
+async fn list(agent: &Agent) -> Result<Vec<Volume>, Failure> {
+    Ok(agent.ask(agent.volumes().list(ListVolumesRequest {})).await?.volumes)
+}
+
+fn print_volumes(global: &Global, volumes: &[Volume]) -> Result<(), Failure> {
+    match global.output {
+        Output::Json => output::print_json(volumes)?,
+        Output::Table => output::print(&output::volumes(volumes))?,
+    };
+    Ok(())
+}
+
+/// Prints one volume: as an object, or as the text that the command has for
+/// people.
+fn print_volume(
+    global: &Global,
+    volume: &Volume,
+    text: impl FnOnce(&Volume) -> String,
+) -> Result<(), Failure> {
+    match global.output {
+        Output::Json => output::print_json(volume)?,
+        Output::Table => output::print(&text(volume))?,
+    };
+    Ok(())
+}
+
+/// Prints an empty answer: an empty object, or nothing.
+fn print_done(global: &Global) -> Result<(), Failure> {
+    if global.output == Output::Json {
+        output::print("{}\n")?;
+    }
+    Ok(())
+}
+
+async fn pools(global: &Global) -> Result<(), Failure> {
+    let agent = connect(global).await?;
+    let pools = agent.ask(agent.nodes().list_pools(ListPoolsRequest {})).await?.pools;
+    match global.output {
+        Output::Json => output::print_json(&pools)?,
+        Output::Table => output::print(&output::pools(&pools))?,
+    };
+    Ok(())
+}
+
+async fn node(global: &Global) -> Result<(), Failure> {
+    let agent = connect(global).await?;
+    let node = agent.node().await?;
+    match global.output {
+        Output::Json => output::print_json(&node)?,
+        Output::Table => output::print(&output::node(&node))?,
+    };
+    Ok(())
+}
+
+async fn volume(global: &Global, command: &VolumeCommand) -> Result<(), Failure> {
+    let row = |volume: &Volume| output::volumes(std::slice::from_ref(volume));
+    let silent = |_: &Volume| String::new();
+    match command {
+        VolumeCommand::List => {
+            let agent = connect(global).await?;
+            print_volumes(global, &list(&agent).await?)
+        }
+        VolumeCommand::Create { id, size, pool } => {
+            let (agent, id) = to_volume(global, id).await?;
+            let ask = CreateVolumeRequest { id, size_bytes: *size, pool: pool.clone() };
+            let volume = agent.ask(agent.volumes().create(ask)).await?;
+            print_volume(global, &volume, |volume| format!("{}\n", volume.id))
+        }
+        VolumeCommand::Show { id } => {
+            let (agent, id) = to_volume(global, id).await?;
+            let volume = agent.ask(agent.volumes().get(GetVolumeRequest { id })).await?;
+            print_volume(global, &volume, output::volume)
+        }
+        VolumeCommand::Delete { id } => {
+            let (agent, id) = to_volume(global, id).await?;
+            agent.ask(agent.volumes().delete(DeleteVolumeRequest { id })).await?;
+            print_done(global)
+        }
+        VolumeCommand::Extend { id, size } => {
+            let (agent, id) = to_volume(global, id).await?;
+            let ask = ExtendVolumeRequest { id, size_bytes: *size };
+            let volume = agent.ask(agent.volumes().extend(ask)).await?;
+            print_volume(global, &volume, row)
+        }
+        VolumeCommand::Attach { id, generation } => {
+            let (agent, id) = to_volume(global, id).await?;
+            let ask = AttachVolumeRequest { id, generation: *generation };
+            let volume = agent.ask(agent.volumes().attach(ask)).await?;
+            print_volume(global, &volume, moving::device_line)
+        }
+        VolumeCommand::Detach { id } => {
+            let (agent, id) = to_volume(global, id).await?;
+            let volume = agent.ask(agent.volumes().detach(DetachVolumeRequest { id })).await?;
+            print_volume(global, &volume, silent)
+        }
+        VolumeCommand::Move { id, from, to, hold, wait, pool } => {
+            let order = moving::Move { id, from, to, hold: *hold, wait: *wait, pool };
+            moving::run(global, order).await
+        }
+        VolumeCommand::Switch { id } => {
+            let (agent, id) = to_volume(global, id).await?;
+            let volume = agent.ask(agent.moves().switch(SwitchRequest { id })).await?;
+            print_volume(global, &volume, row)
+        }
+        VolumeCommand::Abort { id } => {
+            let (agent, id) = to_volume(global, id).await?;
+            agent.ask(agent.moves().abort(AbortRequest { id })).await?;
+            print_done(global)
+        }
+    }
+}
+
+/// Checks the id before anything else, then connects.
+async fn to_volume(global: &Global, id: &str) -> Result<(Agent, String), Failure> {
+    check_id(id)?;
+    Ok((connect(global).await?, id.to_owned()))
+}
+
+async fn hydration(global: &Global, command: &HydrationCommand) -> Result<(), Failure> {
+    let volume = match command {
+        HydrationCommand::Pause { id } => {
+            let (agent, id) = to_volume(global, id).await?;
+            agent.ask(agent.moves().pause_hydration(PauseHydrationRequest { id })).await?
+        }
+        HydrationCommand::Resume { id } => {
+            let (agent, id) = to_volume(global, id).await?;
+            agent.ask(agent.moves().resume_hydration(ResumeHydrationRequest { id })).await?
+        }
+        HydrationCommand::Set { id, rate, threshold, batch } => {
+            let (agent, id) = to_volume(global, id).await?;
+            let ask = TuneHydrationRequest {
+                id,
+                rate_bytes_per_s: *rate,
+                threshold: *threshold,
+                batch: *batch,
+            };
+            agent.ask(agent.moves().tune_hydration(ask)).await?
+        }
+    };
+    print_volume(global, &volume, |volume| output::volumes(std::slice::from_ref(volume)))
 }
 
 fn certificates(global: &Global, command: &PkiCommand) -> Result<(), Failure> {

@@ -18,9 +18,11 @@ mod args;
 mod client;
 mod commands;
 mod error;
+mod moving;
 mod output;
 mod pki;
 mod size;
+mod watch;
 
 use std::{ffi::OsString, process::ExitCode};
 
