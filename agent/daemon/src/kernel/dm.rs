@@ -459,6 +459,14 @@ impl Dm {
         self.status_text(name).map(|text| CloneStatus::parse(&text))
     }
 
+    /// Makes dm-clone commit its metadata, then reads its status: what is
+    /// hydrated in it is hydrated for good. Waits for the destination's flush.
+    pub fn commit_clone(&self, name: &DmName) -> io::Result<CloneStatus> {
+        // Without NOFLUSH the status commits (drivers/md/dm-clone-target.c,
+        // `clone_status`).
+        self.status(&name.uuid, DmFlags::empty()).map(|text| CloneStatus::parse(&text))
+    }
+
     /// What the device's first target says of itself.
     pub fn status_text(&self, name: &DmName) -> io::Result<String> {
         self.status_text_of(&name.uuid)
@@ -466,8 +474,12 @@ impl Dm {
 
     /// What the first target of any device, ours or not, says of itself.
     pub fn status_text_of(&self, uuid: &str) -> io::Result<String> {
+        self.status(uuid, DmFlags::DM_NOFLUSH)
+    }
+
+    fn status(&self, uuid: &str, flags: DmFlags) -> io::Result<String> {
         let owned = dm_uuid(uuid)?;
-        let options = DmOptions::default().set_flags(DmFlags::DM_NOFLUSH);
+        let options = DmOptions::default().set_flags(flags);
         let (_, lines) = self
             .control
             .table_status(&DevId::Uuid(owned.as_ref()), options)
