@@ -337,3 +337,44 @@ fn host_name(text: &str) -> Result<String, &'static str> {
     }
     Ok(text.to_owned())
 }
+
+#[cfg(test)]
+mod test {
+    use clap::CommandFactory as _;
+
+    use super::{Cli, check_id, host_name};
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_id_is_a_lower_case_uuid_with_hyphens() {
+        assert_eq!(check_id("6e1f2a52-6c57-4a7b-9d3a-0f4dd1f0c001"), Ok(()));
+        let table = [
+            "",
+            "x",
+            "6E1F2A52-6C57-4A7B-9D3A-0F4DD1F0C001",
+            "6e1f2a526c574a7b9d3a0f4dd1f0c001",
+            "{6e1f2a52-6c57-4a7b-9d3a-0f4dd1f0c001}",
+            "6e1f2a52-6c57-4a7b-9d3a-0f4dd1f0c00",
+            "6e1f2a52-6c57-4a7b-9d3a-0f4dd1f0c001\n",
+            "../../../../../../../../../../../../",
+        ];
+        for id in table {
+            let refused = check_id(id).unwrap_err();
+            assert_eq!(refused.reason, "ID_INVALID", "{id}");
+        }
+    }
+
+    #[test]
+    fn a_host_name_fits_into_a_urn() {
+        for name in ["node-a", "a.b.example", "host_1", "N"] {
+            assert!(host_name(name).is_ok(), "{name}");
+        }
+        for name in ["", ".", "a.", "a b", "a/b", "a:b", "ä", &"a".repeat(64), &"a.".repeat(127)] {
+            assert!(host_name(name).is_err(), "{name}");
+        }
+    }
+}

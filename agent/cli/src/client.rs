@@ -100,6 +100,8 @@ pub(crate) struct Agent {
     endpoint: Endpoint,
     deadline: Duration,
     channel: Channel,
+    /// What the agent has said about its node when the connection was made.
+    greeting: Option<Node>,
 }
 
 impl Agent {
@@ -122,18 +124,39 @@ impl Agent {
             .keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
         // The builder's timeout ends with the TCP connection; a peer that never
         // answers the TLS greeting needs this one.
-        match tokio::time::timeout(CONNECT_TIMEOUT, builder.connect()).await {
-            Ok(Ok(channel)) => {
-                Ok(Agent { endpoint: endpoint.clone(), deadline: global.deadline(), channel })
+        let channel = match tokio::time::timeout(CONNECT_TIMEOUT, builder.connect()).await {
+            Ok(Ok(channel)) => channel,
+            Ok(Err(error)) if is_tls(&error) => return Err(no_trust(endpoint, &chain(&error))),
+            Ok(Err(error)) => return Err(unreachable(chain(&error))),
+            Err(_) => {
+                let text = format!("no answer within {} s", CONNECT_TIMEOUT.as_secs());
+                return Err(unreachable(text));
             }
-            Ok(Err(error)) if is_tls(&error) => Err(Failure::new(
-                reason::TLS_REFUSED,
-                format!("no trust between here and {endpoint}: {}", chain(&error)),
-            )
-            .with("endpoint", endpoint.to_string())),
-            Ok(Err(error)) => Err(unreachable(chain(&error))),
-            Err(_) => Err(unreachable(format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()))),
+        };
+        let deadline = global.deadline();
+        let mut agent = Agent { endpoint: endpoint.clone(), deadline, channel, greeting: None };
+        if let Endpoint::Https(_) = endpoint {
+            agent.greet().await?;
         }
+        Ok(agent)
+    }
+
+    /// Makes sure that the agent accepts our certificate. In TLS 1.3 it says so,
+    /// or not, after the connection has come about for us, and what it says is
+    /// lost when it closes the connection with our first call unread. Hence that
+    /// call is one that changes nothing.
+    async fn greet(&mut self) -> Result<(), Failure> {
+        match self.node().await {
+            Ok(node) => self.greeting = Some(node),
+            Err(error) if error.answered => {}
+            Err(CallError { failure, .. }) => {
+                return Err(match failure.reason.as_str() {
+                    reason::CONNECTION_LOST => no_trust(&self.endpoint, &failure.message),
+                    _ => failure,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// The agent's Nodes service.
@@ -153,6 +176,9 @@ impl Agent {
 
     /// What the node says about itself.
     pub(crate) async fn node(&self) -> Result<Node, CallError> {
+        if let Some(node) = &self.greeting {
+            return Ok(node.clone());
+        }
         self.ask(self.nodes().get_node(GetNodeRequest {})).await
     }
 
@@ -195,13 +221,13 @@ impl Agent {
         let endpoint = self.endpoint.to_string();
         // A status that was made here, not received, has the cause as its source.
         if let Some(cause) = status.source() {
-            let (reason, text) = if is_tls(cause) {
-                (reason::TLS_REFUSED, "no trust between here and")
+            let failure = if is_tls(cause) {
+                no_trust(&self.endpoint, &chain(cause))
             } else {
-                (reason::CONNECTION_LOST, "lost the connection to")
+                let text = format!("lost the connection to {endpoint}: {}", chain(cause));
+                Failure::new(reason::CONNECTION_LOST, text).with("endpoint", endpoint)
             };
-            let failure = Failure::new(reason, format!("{text} {endpoint}: {}", chain(cause)));
-            return CallError { failure: failure.with("endpoint", endpoint), answered: false };
+            return CallError { failure, answered: false };
         }
         let failure = Failure::new(
             reason::ANSWER_WITHOUT_REASON,
@@ -211,6 +237,11 @@ impl Agent {
         .with("code", format!("{:?}", status.code()));
         CallError { failure, answered: is_refusal(status.code()) }
     }
+}
+
+fn no_trust(endpoint: &Endpoint, text: &str) -> Failure {
+    let text = format!("{endpoint} and this side do not accept each other's certificates: {text}");
+    Failure::new(reason::TLS_REFUSED, text).with("endpoint", endpoint.to_string())
 }
 
 /// Whether a status without a reason can only come from the agent. The other

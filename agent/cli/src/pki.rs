@@ -257,3 +257,206 @@ fn write(path: &Path, content: &[u8], mode: u32, existing: Existing) -> Result<(
         }
     })
 }
+
+#[cfg(test)]
+mod test {
+    use std::{
+        fs,
+        net::IpAddr,
+        os::unix::fs::PermissionsExt as _,
+        path::{Path, PathBuf},
+    };
+
+    use tempfile::tempdir;
+    use x509_parser::prelude::{GeneralName, KeyUsage, Pem, X509Certificate};
+
+    use super::{PkiError, Subject, init, issue, parse_x509_pem};
+    use crate::args::Role;
+
+    fn subject(role: Role) -> Subject {
+        Subject { role, node: None, addresses: Vec::new(), dns: Vec::new(), days: 825 }
+    }
+
+    fn agent() -> Subject {
+        Subject {
+            node: Some("node-a".into()),
+            addresses: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+            dns: vec!["node-a.example".into()],
+            ..subject(Role::Agent)
+        }
+    }
+
+    fn pem(path: &Path) -> Pem {
+        parse_x509_pem(&fs::read(path).unwrap()).unwrap().1
+    }
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    fn names(certificate: &X509Certificate<'_>) -> Vec<String> {
+        let Some(extension) = certificate.subject_alternative_name().unwrap() else {
+            return Vec::new();
+        };
+        let name = |name: &GeneralName<'_>| match name {
+            GeneralName::URI(uri) => (*uri).to_owned(),
+            GeneralName::DNSName(name) => format!("DNS:{name}"),
+            GeneralName::IPAddress(bytes) => match <[u8; 4]>::try_from(*bytes) {
+                Ok(v4) => IpAddr::from(v4).to_string(),
+                Err(_) => IpAddr::from(<[u8; 16]>::try_from(*bytes).unwrap()).to_string(),
+            },
+            other => panic!("{other}"),
+        };
+        extension.value.general_names.iter().map(name).collect()
+    }
+
+    fn usage(certificate: &X509Certificate<'_>) -> KeyUsage {
+        *certificate.key_usage().unwrap().unwrap().value
+    }
+
+    fn listing(dir: &Path) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_ca_may_sign_certificates_but_no_further_cas() {
+        let dir = tempdir().unwrap();
+        let written = init(dir.path(), "my CA").unwrap();
+        let pem = pem(&written.certificate);
+        let ca = pem.parse_x509().unwrap();
+        assert_eq!(ca.subject().to_string(), "CN=my CA");
+        assert!(usage(&ca).key_cert_sign() && !usage(&ca).digital_signature());
+        let constraints = ca.basic_constraints().unwrap().unwrap();
+        assert!(constraints.critical && constraints.value.ca);
+        assert_eq!(constraints.value.path_len_constraint, Some(0));
+        assert_eq!(days(&ca), 1 + 3650);
+        ca.verify_signature(None).unwrap();
+    }
+
+    fn days(certificate: &X509Certificate<'_>) -> i64 {
+        let validity = certificate.validity();
+        (validity.not_after.timestamp() - validity.not_before.timestamp()) / 86_400
+    }
+
+    #[test]
+    fn a_certificate_names_role_node_and_addresses_and_is_signed_by_the_ca() {
+        let dir = tempdir().unwrap();
+        let ca = init(dir.path(), "CA").unwrap();
+        let written = issue(dir.path(), &dir.path().join("a"), &agent()).unwrap();
+        let (ca, leaf) = (pem(&ca.certificate), pem(&written.certificate));
+        let (ca, leaf) = (ca.parse_x509().unwrap(), leaf.parse_x509().unwrap());
+        let wanted = [
+            "urn:dmlocal:role:agent",
+            "urn:dmlocal:node:node-a",
+            "DNS:node-a",
+            "DNS:node-a.example",
+            "10.0.0.1",
+            "fd00::1",
+        ];
+        assert_eq!(names(&leaf), wanted);
+        leaf.verify_signature(Some(ca.public_key())).unwrap();
+        assert_eq!(leaf.issuer(), ca.subject());
+        assert!(!leaf.is_ca());
+        assert!(usage(&leaf).digital_signature() && !usage(&leaf).key_cert_sign());
+        assert_eq!(days(&leaf), 1 + 825);
+        let yesterday = time::OffsetDateTime::now_utc().unix_timestamp() - 86_400;
+        assert!((leaf.validity().not_before.timestamp() - yesterday).abs() < 600);
+    }
+
+    #[test]
+    fn only_agents_may_be_servers() {
+        let dir = tempdir().unwrap();
+        init(dir.path(), "CA").unwrap();
+        for (subject, server) in
+            [(agent(), true), (subject(Role::Driver), false), (subject(Role::Operator), false)]
+        {
+            let out = dir.path().join(subject.role.word());
+            let written = issue(dir.path(), &out, &subject).unwrap();
+            let pem = pem(&written.certificate);
+            let leaf = pem.parse_x509().unwrap();
+            let usage = leaf.extended_key_usage().unwrap().unwrap().value;
+            assert_eq!((usage.client_auth, usage.server_auth), (true, server), "{subject:?}");
+            assert_eq!(names(&leaf)[0], format!("urn:dmlocal:role:{}", subject.role.word()));
+            assert_eq!(names(&leaf).len() > 1, server);
+        }
+    }
+
+    #[test]
+    fn keys_and_their_directories_are_private_and_nothing_else_is_left_behind() {
+        let dir = tempdir().unwrap();
+        let (ca_dir, out) = (dir.path().join("deep/ca"), dir.path().join("out"));
+        let ca = init(&ca_dir, "CA").unwrap();
+        let leaf = issue(&ca_dir, &out, &agent()).unwrap();
+        assert_eq!((mode(&ca.key), mode(&leaf.key)), (0o600, 0o600));
+        assert_eq!((mode(&ca_dir), mode(&out)), (0o700, 0o700));
+        assert_eq!(listing(&ca_dir), ["ca.key", "ca.pem"]);
+        assert_eq!(listing(&out), ["agent.key", "agent.pem", "ca.pem"]);
+        assert_eq!(fs::read(&ca.ca).unwrap(), fs::read(&leaf.ca).unwrap());
+    }
+
+    #[test]
+    fn a_ca_is_never_overwritten_not_even_half_of_one() {
+        for name in ["ca.pem", "ca.key"] {
+            let dir = tempdir().unwrap();
+            fs::write(dir.path().join(name), "precious").unwrap();
+            let refused = init(dir.path(), "CA").unwrap_err();
+            assert!(matches!(refused, PkiError::Exists(_)), "{refused:?}");
+            assert_eq!(listing(dir.path()), [name]);
+            assert_eq!(fs::read_to_string(dir.path().join(name)).unwrap(), "precious");
+        }
+    }
+
+    #[test]
+    fn issuing_again_replaces_the_certificate() {
+        let dir = tempdir().unwrap();
+        init(dir.path(), "CA").unwrap();
+        // Beside the CA is as good a place as any other.
+        let first = issue(dir.path(), dir.path(), &agent()).unwrap();
+        let before = fs::read(&first.certificate).unwrap();
+        let second = issue(dir.path(), dir.path(), &agent()).unwrap();
+        assert_ne!(fs::read(&second.certificate).unwrap(), before);
+        assert_eq!(mode(&second.key), 0o600);
+    }
+
+    #[test]
+    fn another_cas_directory_is_not_issued_into() {
+        let dir = tempdir().unwrap();
+        let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+        init(&one, "CA").unwrap();
+        init(&two, "CA").unwrap();
+        let refused = issue(&one, &two, &agent()).unwrap_err();
+        assert!(matches!(refused, PkiError::Exists(_)), "{refused:?}");
+        assert_eq!(listing(&two), ["ca.key", "ca.pem"]);
+    }
+
+    #[test]
+    fn what_is_no_ca_cannot_issue() {
+        let dir = tempdir().unwrap();
+        let ca = dir.path().join("ca");
+        init(&ca, "CA").unwrap();
+        init(&dir.path().join("other"), "CA").unwrap();
+        let leaf = issue(&ca, &dir.path().join("leaf"), &agent()).unwrap();
+        let copy = |from: PathBuf, name: &str| fs::copy(from, ca.join(name)).unwrap();
+
+        copy(dir.path().join("other/ca.key"), "ca.key");
+        let refused = issue(&ca, dir.path(), &agent()).unwrap_err();
+        assert!(refused.to_string().ends_with("not the key of ca.pem"), "{refused}");
+
+        copy(leaf.certificate, "ca.pem");
+        copy(leaf.key, "ca.key");
+        let refused = issue(&ca, dir.path(), &agent()).unwrap_err();
+        assert!(refused.to_string().ends_with("not the certificate of a CA"), "{refused}");
+
+        fs::write(ca.join("ca.pem"), "nonsense").unwrap();
+        let refused = issue(&ca, dir.path(), &agent()).unwrap_err();
+        assert!(matches!(refused, PkiError::Invalid { .. }), "{refused:?}");
+
+        let refused = issue(&dir.path().join("nowhere"), dir.path(), &agent()).unwrap_err();
+        assert!(matches!(refused, PkiError::File { .. }), "{refused:?}");
+    }
+}

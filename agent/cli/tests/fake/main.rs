@@ -1,0 +1,7 @@
+//! dmlocalctl as a process, against agents that exist only in this test.
+
+mod agent;
+mod commands;
+mod moves;
+mod tls;
+mod watching;
