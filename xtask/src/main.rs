@@ -1,2 +1,53 @@
-//! Placeholder.
-fn main() {}
+//! Everything there is to do with the checkout, as one program.
+//!
+//! It is built before anything else and installs what the rest needs, so it
+//! depends on nothing but Rust itself.
+
+mod ci;
+mod run;
+mod tidy;
+mod vm;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Builds, tests and tries out dmlocal")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Runs every test there is
+    Test(ci::TestArguments),
+    /// Runs everything that a change must pass
+    Ci(ci::CiArguments),
+    /// Checks the conventions that no other tool knows
+    Tidy,
+    /// A cluster of virtual machines to play with and to script
+    Vm(vm::Arguments),
+}
+
+fn main() -> ExitCode {
+    match run_task(Arguments::parse().task) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_task(task: Task) -> Result<ExitCode> {
+    match task {
+        Task::Test(arguments) => ci::test(&arguments)?,
+        Task::Ci(arguments) => ci::ci(&arguments)?,
+        Task::Tidy => tidy::check()?,
+        Task::Vm(arguments) => return vm::run(arguments),
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,61 @@
+//! What a change must pass.
+
+use anyhow::Result;
+use dmlocal_testbed::packages;
+
+use crate::{run, tidy};
+
+/// Tells the scenarios that virtual machines are wanted.
+const WANTED: &str = "DMLOCAL_SCENARIOS";
+
+#[derive(clap::Args)]
+pub(crate) struct TestArguments {
+    /// Leaves out the scenarios, which run in virtual machines
+    #[arg(long)]
+    no_vm: bool,
+    /// Runs only the tests with this in their names
+    #[arg(long, value_name = "NAME")]
+    only: Option<String>,
+    /// Runs the scenarios too that take too long for every change
+    #[arg(long, conflicts_with = "no_vm")]
+    full: bool,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct CiArguments {
+    /// Leaves the tests to `cargo xtask test`
+    #[arg(long)]
+    no_test: bool,
+}
+
+pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
+    if !arguments.no_vm {
+        run::become_root()?;
+    }
+    packages::ensure(packages::BUILDING)?;
+    let only: Vec<&str> = arguments.only.as_deref().into_iter().collect();
+    run::cargo(&[&["test", "--release", "--workspace", "--"], &only[..]].concat(), &[])?;
+    if arguments.no_vm {
+        return Ok(());
+    }
+    run::build_for_nodes()?;
+    let scenarios = ["test", "--release", "-p", "dmlocal-testbed", "--test", "scenarios", "--"];
+    // One after another: two clusters at once would only slow each other down.
+    let one_by_one = ["--test-threads", "1"];
+    let wanted = if arguments.full { "full" } else { "yes" };
+    run::cargo(&[&scenarios[..], &one_by_one, &only].concat(), &[(WANTED, wanted)])
+}
+
+pub(crate) fn ci(arguments: &CiArguments) -> Result<()> {
+    packages::ensure(packages::BUILDING)?;
+    run::cargo(&["fmt", "--all", "--check"], &[])?;
+    let targets = ["clippy", "--release", "--workspace", "--all-targets", "--quiet"];
+    run::cargo(&[&targets[..], &["--", "--deny", "warnings"]].concat(), &[])?;
+    run::part("tidy", tidy::check)?;
+    let documentation = ["doc", "--release", "--workspace", "--no-deps", "--quiet"];
+    run::cargo(&documentation, &[("RUSTDOCFLAGS", "--deny warnings")])?;
+    if arguments.no_test {
+        return Ok(());
+    }
+    test(&TestArguments { no_vm: false, only: None, full: false })
+}

@@ -1,0 +1,65 @@
+//! Runs other programs, and says so.
+
+use std::env;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use dmlocal_testbed::{packages, repository};
+use nix::unistd::Uid;
+
+/// Does one part of a longer task and tells how long it took.
+pub(crate) fn part<T>(name: &str, act: impl FnOnce() -> Result<T>) -> Result<T> {
+    println!("==> {name}");
+    let started = Instant::now();
+    let result = act().with_context(|| name.to_owned())?;
+    println!("==> {name}: {:.1} s", started.elapsed().as_secs_f64());
+    Ok(result)
+}
+
+/// Runs `cargo` with those arguments and variables in the root of the checkout.
+pub(crate) fn cargo(arguments: &[&str], variables: &[(&str, &str)]) -> Result<()> {
+    let shown = format!("cargo {}", arguments.join(" "));
+    part(&shown, || {
+        let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut command = Command::new(cargo);
+        command.args(arguments).envs(variables.iter().copied()).current_dir(repository());
+        let status = command.status().context("starting cargo")?;
+        if !status.success() {
+            bail!("{status}");
+        }
+        Ok(())
+    })
+}
+
+/// Builds what goes onto nodes, and installs what that takes.
+pub(crate) fn build_for_nodes() -> Result<()> {
+    packages::ensure(&[packages::BUILDING, packages::NODES].concat())?;
+    let packages = ["-p", "dmlocald", "-p", "dmlocalctl", "-p", "dmlocal-testbed"];
+    cargo(&[&["build", "--release", "--bins", "--quiet"], &packages[..]].concat(), &[])
+}
+
+/// Namespaces and bridges are root's: begins again under sudo when somebody
+/// else runs this.
+pub(crate) fn become_root() -> Result<()> {
+    if Uid::effective().is_root() {
+        return Ok(());
+    }
+    let kept = ["PATH", "HOME", "CARGO", "CARGO_HOME", "RUSTUP_HOME", "XDG_CACHE_HOME", "CI"]
+        .into_iter()
+        .chain(
+            env::vars()
+                .map(|(name, _)| name)
+                .filter(|name| name.starts_with("DMLOCAL_"))
+                .collect::<Vec<_>>()
+                .iter()
+                .map(String::as_str),
+        )
+        .filter_map(|name| Some(format!("{name}={}", env::var(name).ok()?)))
+        .collect::<Vec<_>>();
+    let this = env::current_exe().context("which program this is")?;
+    let failed =
+        Command::new("sudo").arg("env").args(kept).arg(this).args(env::args_os().skip(1)).exec();
+    Err(failed).context("starting sudo")
+}
