@@ -1,2 +1,99 @@
-//! Placeholder.
-fn main() {}
+//! dmlocald: owns a node's device-mapper stacks, exports and journal.
+
+mod config;
+mod kernel;
+mod peers;
+mod progress;
+mod reconcile;
+mod rpc;
+mod service;
+mod store;
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{info, warn};
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    config::Config, kernel::real::RealKernel, peers::TlsPeers, reconcile::Volumes,
+    service::Service, store::Store,
+};
+
+/// Makes node-local disks movable volumes.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Args {
+    /// The configuration file.
+    #[arg(long, global = true, default_value = config::DEFAULT_PATH)]
+    config: PathBuf,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Check the configuration file and exit.
+    CheckConfig,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let config = Config::load(&args.config)
+        .with_context(|| format!("configuration {}", args.config.display()))?;
+    if let Some(Command::CheckConfig) = args.command {
+        println!("{}: ok", args.config.display());
+        return Ok(());
+    }
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            EnvFilter::try_from_env("DMLOCALD_LOG").unwrap_or_else(|_| EnvFilter::new("info")),
+        )
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .without_time()
+        .init();
+    // Two workers: the work is waiting, and memory counts on a hypervisor.
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_keep_alive(std::time::Duration::from_secs(2))
+        .enable_all()
+        .build()?
+        .block_on(run(config))
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
+    let span = tracing::info_span!("agent", node = %config.node);
+    let _entered = span.enter();
+    let store = Store::open(&config.state, &config.node)?;
+    let kernel = Arc::new(RealKernel::new(&config, store.host())?);
+    let peers = Arc::new(TlsPeers::new(config.tls.as_ref()).context("[tls]")?);
+    let volumes = Volumes::open(config.clone(), store, kernel, peers)?;
+    let service = Arc::new(Service::new(Arc::clone(&volumes)).await?);
+    for warning in service.warnings().await {
+        warn!("{warning}");
+    }
+    volumes.recover().await?;
+
+    let (stop, stopping) = tokio::sync::watch::channel(false);
+    let mut term = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::spawn(async move {
+        tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }
+        info!("stopping; devices and exports stay as they are");
+        stop.send_replace(true);
+        // Open streams would keep the servers waiting; nothing is lost by
+        // ending them, because the journal is ahead of every act.
+        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        std::process::exit(0);
+    });
+    let ready = || {
+        info!("ready");
+        if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+            warn!(%error, "systemd was not told");
+        }
+    };
+    rpc::serve(service, &config, ready, stopping).await
+}

@@ -226,7 +226,7 @@ pub enum Admitted {
     /// Nothing: it has been done before.
     Already,
     /// The journal says this from now on.
-    Journal(Record),
+    Journal(Box<Record>),
 }
 
 /// What admission must know of a pool.
@@ -291,7 +291,7 @@ pub fn create(
     }
     pool.check_size(size)?;
     pool.check_room(size, 0)?;
-    Ok(Admitted::Journal(Record {
+    Ok(Admitted::Journal(Box::new(Record {
         id,
         incarnation,
         pool: pool.name.clone(),
@@ -306,7 +306,7 @@ pub fn create(
         confirmed_in: None,
         tuning: Tuning::default(),
         phase: Phase::Creating,
-    }))
+    })))
 }
 
 /// Deletes a volume.
@@ -336,7 +336,10 @@ pub fn extend(record: &Record, size: u64, pool: &PoolRoom) -> Result<Admitted, R
         return Ok(Admitted::Already);
     }
     pool.check_room(size - present, 0)?;
-    Ok(Admitted::Journal(Record { growing: Some(Sectors::from_bytes(size)), ..record.clone() }))
+    Ok(Admitted::Journal(Box::new(Record {
+        growing: Some(Sectors::from_bytes(size)),
+        ..record.clone()
+    })))
 }
 
 /// Makes the handle exist.
@@ -393,7 +396,7 @@ pub fn attach(
     if !record.attached {
         free_handle(record.id, handle)?;
     }
-    Ok(if wanted == *record { Admitted::Already } else { Admitted::Journal(wanted) })
+    Ok(if wanted == *record { Admitted::Already } else { Admitted::Journal(Box::new(wanted)) })
 }
 
 /// Removes the handle.
@@ -412,7 +415,7 @@ pub fn detach(record: &Record, handle: Option<&Device>) -> Result<Admitted, Refu
     if !record.attached {
         return Ok(Admitted::Already);
     }
-    Ok(Admitted::Journal(Record { attached: false, ..record.clone() }))
+    Ok(Admitted::Journal(Box::new(Record { attached: false, ..record.clone() })))
 }
 
 /// A request to offer a volume to a peer.
@@ -473,7 +476,7 @@ pub fn grant(
         });
     }
     let export = request.export.ok_or(Refusal::PortsExhausted)?;
-    Ok(Admitted::Journal(Record {
+    Ok(Admitted::Journal(Box::new(Record {
         lent_before: Some(request.to.clone()),
         confirmed_in: Some(boot),
         phase: Phase::Lent(Lent {
@@ -484,7 +487,7 @@ pub fn grant(
             stage: LentStage::Published,
         }),
         ..record.clone()
-    }))
+    })))
 }
 
 /// What a grant says of the volume that is to be received.
@@ -549,7 +552,7 @@ pub fn receive(
     let size = Sectors::from_bytes(offer.size);
     let region = hydration::region_size(offer.size, pool.chunk);
     pool.check_room(offer.size, hydration::metadata_bytes(size, region))?;
-    Ok(Admitted::Journal(Record {
+    Ok(Admitted::Journal(Box::new(Record {
         id: offer.id,
         incarnation: offer.incarnation,
         pool: pool.name.clone(),
@@ -571,7 +574,7 @@ pub fn receive(
             stage: ReceivingStage::Allocating,
             failure: None,
         })),
-    }))
+    })))
 }
 
 /// The guest has moved: fence the source.
@@ -660,7 +663,7 @@ pub fn tune(record: &Record, change: Change) -> Result<Admitted, Refusal> {
     tuning.rate = change.rate.unwrap_or(tuning.rate);
     tuning.threshold = change.threshold.unwrap_or(tuning.threshold);
     tuning.batch = change.batch.unwrap_or(tuning.batch);
-    Ok(if wanted == *record { Admitted::Already } else { Admitted::Journal(wanted) })
+    Ok(if wanted == *record { Admitted::Already } else { Admitted::Journal(Box::new(wanted)) })
 }
 
 /// Who names a grant in a call from a peer.
@@ -734,7 +737,7 @@ pub fn revoke(record: &Record, grant: Uuid) -> Result<Admitted, Refusal> {
 fn journal(record: &Record, event: Event) -> Result<Admitted, Refusal> {
     match record.clone().after(event) {
         Ok(after) if after == *record => Ok(Admitted::Already),
-        Ok(after) => Ok(Admitted::Journal(after)),
+        Ok(after) => Ok(Admitted::Journal(Box::new(after))),
         Err(IllegalTransition { .. }) => Err(Refusal::VolumeMoving(record.id)),
     }
 }

@@ -133,6 +133,8 @@ pub struct Device {
     pub has_live: bool,
     /// Whether a table is loaded that is not live.
     pub has_inactive: bool,
+    /// Whether it goes as soon as its last user does.
+    pub leaving: bool,
 }
 
 impl Device {
@@ -241,6 +243,7 @@ impl Dm {
                     tables: if has_live { tables.collect() } else { Vec::new() },
                     has_live,
                     has_inactive: flags.contains(DmFlags::DM_INACTIVE_PRESENT),
+                    leaving: flags.contains(DmFlags::DM_DEFERRED_REMOVE),
                 }))
             }
         }
@@ -524,7 +527,7 @@ impl Dm {
 
 /// Whether a multipath status line says that this path has failed: the path is
 /// followed by `F` (drivers/md/dm-mpath.c, `multipath_status`).
-fn path_failed(status: &str, path: DevNo) -> bool {
+pub(super) fn path_failed(status: &str, path: DevNo) -> bool {
     let path = path.to_string();
     let words: Vec<&str> = status.split_ascii_whitespace().collect();
     words.windows(2).any(|pair| pair == [path.as_str(), "F"])

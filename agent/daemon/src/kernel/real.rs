@@ -1,0 +1,638 @@
+//! The kernel and LVM themselves.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use dmlocal_model::{
+    name::{DmName, LVM_UUID_PREFIX, NQN_PREFIX, Role, VolumeId},
+    plan::{self, Device, Import, Lv, Presence, Seen, Step},
+    table::{CloneStatus, Table, Target},
+    units::Sectors,
+    volume::{Event, ExportName, Phase, Record},
+};
+use uuid::Uuid;
+
+use super::{
+    Kernel, PoolFacts, StepError, block,
+    dm::{self, Dm, Remove, Udev},
+    exec,
+    lvm::{self, LvmError, Vg},
+    nvme, nvmet,
+};
+use crate::config::Config;
+
+/// Longest wait for the I/O in flight when a table is swapped.
+const SWAP: Duration = Duration::from_secs(30);
+
+/// Longest wait for a page cache to be written back before a fence.
+const WRITE_BACK: Duration = Duration::from_secs(30);
+
+/// Longest wait for a connection; a later attempt follows.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// Longest wait for a controller to be gone.
+const DISCONNECT: Duration = Duration::from_secs(30);
+
+/// Modules behind the targets and transports that moves need. Those that a
+/// kernel lacks are reported by what is missing afterwards.
+const MODULES: [&str; 10] = [
+    "dm-mod",
+    "dm-thin-pool",
+    "dm-clone",
+    "dm-delay",
+    "dm-flakey",
+    "dm-multipath",
+    "dm-round-robin",
+    "nvmet",
+    "nvmet-tcp",
+    "nvme-tcp",
+];
+
+/// Features of the multipath target that turn waiting into failing.
+const FAIL_IF_NO_PATH: &str = "fail_if_no_path";
+
+/// The kernel of this machine.
+pub struct RealKernel {
+    dm: Dm,
+    nvmet: nvmet::Nvmet,
+    /// One LVM command at a time for each group.
+    pools: BTreeMap<String, Mutex<Vg>>,
+    /// The device-mapper UUID of each thin pool, once it was seen.
+    tpools: Mutex<BTreeMap<String, String>>,
+    boot: Uuid,
+    release: String,
+    host_nqn: String,
+    host: Uuid,
+}
+
+impl RealKernel {
+    /// Loads the modules and opens device-mapper.
+    ///
+    /// # Errors
+    /// Device-mapper is missing, or the boot id cannot be read.
+    pub fn new(config: &Config, host: Uuid) -> io::Result<Self> {
+        for module in MODULES {
+            // What is built in, or cannot be loaded, shows in what is there.
+            let _ = exec::run("modprobe", &["-q", module], None, WRITE_BACK);
+        }
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        let boot = boot.trim().parse().map_err(io::Error::other)?;
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned();
+        let pools = config.pools.iter().map(|pool| {
+            let vg = Vg {
+                name: pool.volume_group.clone(),
+                devices: pool.devices.clone(),
+                thin_pool: pool.thin_pool.clone(),
+            };
+            (pool.name.clone(), Mutex::new(vg))
+        });
+        Ok(Self {
+            dm: Dm::open()?,
+            nvmet: nvmet::Nvmet::new(nvmet::ROOT),
+            pools: pools.collect(),
+            tpools: Mutex::default(),
+            boot,
+            release,
+            host_nqn: format!("{NQN_PREFIX}{host}"),
+            host,
+        })
+    }
+
+    fn vg(&self, pool: &str) -> Result<MutexGuard<'_, Vg>, StepError> {
+        let vg = self.pools.get(pool);
+        let vg = vg.ok_or_else(|| StepError::Failed(format!("pool {pool} is not configured")))?;
+        Ok(locked(vg))
+    }
+
+    fn lv(&self, dm_uuid: Option<&String>) -> Result<Option<Lv>, StepError> {
+        let Some(dm_uuid) = dm_uuid else { return Ok(None) };
+        let Some(device) = self.dm.by_uuid(dm_uuid)? else { return Ok(None) };
+        Ok(Some(Lv { device, length: Sectors::from_bytes(block::size(device)?) }))
+    }
+
+    fn device(&self, record: &Record, role: Role) -> Result<Option<Device>, StepError> {
+        Ok(self.dm.device(&plan::dm_name(record, role))?.map(seen))
+    }
+
+    fn import(&self, export: &ExportName) -> Result<nvme::Import, StepError> {
+        Ok(nvme::Import {
+            nqn: export.subsystem_nqn.clone(),
+            uuid: export.namespace_uuid,
+            address: address(export)?,
+            port: export.port,
+            host_nqn: self.host_nqn.clone(),
+            host_id: self.host,
+        })
+    }
+
+    fn export(
+        &self,
+        record: &Record,
+        export: &ExportName,
+        host_nqn: &str,
+    ) -> Result<nvmet::Export, StepError> {
+        let below = self.device(record, Role::Export)?;
+        let device = match below {
+            Some(below) => block::node(below.number)?,
+            // Nothing stands below: only good for taking the export down.
+            None => PathBuf::new(),
+        };
+        let mut serial = export.namespace_uuid.simple().to_string();
+        serial.truncate(20);
+        Ok(nvmet::Export {
+            nqn: export.subsystem_nqn.clone(),
+            serial,
+            uuid: export.namespace_uuid,
+            nguid: export.namespace_nguid,
+            device,
+            host_nqn: host_nqn.to_owned(),
+            address: address(export)?,
+            port: export.port,
+        })
+    }
+
+    fn allocate(&self, record: &Record, data: u64, meta: Option<u64>) -> Result<Event, StepError> {
+        let (data_name, meta_name) = plan::lv_names(record);
+        let thick = meta.map(|size| (meta_name.as_str(), size));
+        let made = self.vg(&record.pool)?.create(Some((&data_name, data)), thick, &[])?;
+        let uuid = |name: &str| made.iter().find(|lv| lv.name == name).map(lvm::Lv::dm_uuid);
+        let data = uuid(&data_name)
+            .ok_or_else(|| StepError::Failed(format!("{data_name} was not made")))?;
+        Ok(Event::Allocated { data, meta: meta.and_then(|_| uuid(&meta_name)) })
+    }
+
+    /// Removes LVs: those that the journal names by their UUIDs, those that a
+    /// crash kept from being journalled by name and tag.
+    fn retire(&self, record: &Record, data_too: bool) -> Result<(), StepError> {
+        let journalled = record.receiving().and_then(|receiving| receiving.meta.as_ref());
+        if let Some(meta) = self.lv(journalled)? {
+            block::zero_block0(meta.device)?;
+        }
+        let vg = self.vg(&record.pool)?;
+        let (data_name, meta_name) = plan::lv_names(record);
+        let mut wanted = vec![(meta_name, journalled)];
+        if data_too {
+            wanted.push((data_name, record.data.as_ref()));
+        }
+        if !data_too && journalled.is_none() {
+            return Ok(());
+        }
+        let unknown = wanted.iter().any(|(_, uuid)| uuid.is_none());
+        let present = if unknown { vg.lvs()? } else { Vec::new() };
+        let mut doomed: Vec<(String, String)> = Vec::new();
+        for (name, uuid) in wanted {
+            match uuid {
+                Some(uuid) => doomed.push((name, lv_uuid(uuid)?)),
+                None => {
+                    let found = present.iter().filter(|lv| lv.name == name);
+                    doomed.extend(found.map(|lv| (lv.name.clone(), lv.uuid.clone())));
+                }
+            }
+        }
+        let doomed: Vec<(&str, &str)> =
+            doomed.iter().map(|(name, uuid)| (name.as_str(), uuid.as_str())).collect();
+        Ok(vg.remove(&doomed)?)
+    }
+
+    /// Loads dm-clone, and checks that it found the metadata it should have.
+    fn load_clone(
+        &self,
+        record: &Record,
+        table: &Table,
+        floor: Option<u64>,
+    ) -> Result<(), StepError> {
+        let name = plan::dm_name(record, Role::Clone);
+        if let (Some(_), Target::Clone { meta, .. }) = (floor, &table.target)
+            && !block::clone_magic(*meta)?
+        {
+            return Err(StepError::Refused(format!("{meta} holds no clone metadata")));
+        }
+        self.dm.set(&name, table, Udev::Hidden, SWAP)?;
+        let Some(floor) = floor else { return Ok(()) };
+        match self.dm.clone_status(&name)? {
+            CloneStatus::Working { hydrated, .. } if hydrated >= floor => Ok(()),
+            status => {
+                self.dm.remove(&name, Remove::Now)?;
+                Err(StepError::Refused(format!(
+                    "the clone shows {status:?}, the journal knows of {floor} regions"
+                )))
+            }
+        }
+    }
+
+    fn set(&self, record: &Record, role: Role, table: &Table) -> Result<(), StepError> {
+        self.check_device(record, table)?;
+        let udev = if role == Role::Handle { Udev::Linked } else { Udev::Hidden };
+        Ok(self.dm.set(&plan::dm_name(record, role), table, udev, SWAP)?)
+    }
+
+    /// Device numbers are reused: right before a table goes live over the
+    /// source's namespace, the number must still be the namespace's.
+    fn check_device(&self, record: &Record, table: &Table) -> Result<(), StepError> {
+        let (Target::Queue { path: Some(path) }, Some(receiving)) =
+            (&table.target, record.receiving())
+        else {
+            return Ok(());
+        };
+        let now = nvme::observe(&self.import(&receiving.source.export)?)?.namespace;
+        if now == Some(*path) {
+            return Ok(());
+        }
+        Err(StepError::Refused(format!("{path} is no longer the source's namespace")))
+    }
+
+    /// Writes the handle's page cache back, then lets it fail every request.
+    fn fence(&self, record: &Record, table: &Table) -> Result<(), StepError> {
+        let name = plan::dm_name(record, Role::Handle);
+        if let Some(handle) = self.dm.device(&name)?
+            && !handle.suspended
+            && !handle.tables.iter().any(|table| table.target == Target::Error)
+        {
+            let number = handle.number;
+            dm::interruptible(WRITE_BACK, move || block::sync_and_drop_cache(number), |_| {})?;
+        }
+        Ok(self.dm.set(&name, table, Udev::Linked, SWAP)?)
+    }
+
+    /// Lets consumers of a received volume write: what their page cache has kept
+    /// from before the fence may be stale.
+    fn open_handle(&self, record: &Record, table: &Table) -> Result<(), StepError> {
+        self.set(record, Role::Handle, table)?;
+        if let Some(handle) = self.dm.device(&plan::dm_name(record, Role::Handle))? {
+            let number = handle.number;
+            dm::interruptible(WRITE_BACK, move || block::sync_and_drop_cache(number), |_| {})?;
+        }
+        Ok(())
+    }
+
+    /// The clone fails first: what the handle then lets go of is refused.
+    fn seal(&self, record: &Record, table: &Table) -> Result<(), StepError> {
+        for role in [Role::Clone, Role::Handle] {
+            let name = plan::dm_name(record, role);
+            if self.dm.device(&name)?.is_some() {
+                let udev = if role == Role::Handle { Udev::Linked } else { Udev::Hidden };
+                self.dm.set(&name, table, udev, SWAP)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn cut_source(&self, record: &Record, export: &ExportName) -> Result<(), StepError> {
+        let src = plan::dm_name(record, Role::Src);
+        if self.dm.device(&src)?.is_some_and(|device| device.has_live) {
+            self.dm.message(&src, FAIL_IF_NO_PATH)?;
+        }
+        Ok(nvme::disconnect(&export.subsystem_nqn, DISCONNECT)?)
+    }
+
+    /// Twice committed, twice complete, and writable both times.
+    fn commit(&self, record: &Record) -> Result<(), StepError> {
+        let name = plan::dm_name(record, Role::Clone);
+        for _ in 0..2 {
+            let status = self.dm.commit_clone(&name)?;
+            match status {
+                CloneStatus::Working { hydrated, total, read_only: false, .. }
+                    if hydrated == total => {}
+                status => return Err(StepError::Refused(format!("not complete: {status:?}"))),
+            }
+        }
+        Ok(())
+    }
+
+    fn message_clone(&self, record: &Record, text: &str) -> Result<(), StepError> {
+        Ok(self.dm.message(&plan::dm_name(record, Role::Clone), text)?)
+    }
+}
+
+impl Kernel for RealKernel {
+    fn boot(&self) -> Uuid {
+        self.boot
+    }
+
+    fn release(&self) -> String {
+        self.release.clone()
+    }
+
+    fn targets(&self) -> Result<Vec<String>, StepError> {
+        let version = |(kind, (a, b, c)): dm::TargetVersion| format!("{kind} {a}.{b}.{c}");
+        Ok(self.dm.targets()?.into_iter().map(version).collect())
+    }
+
+    fn activate(&self, records: &[Record]) -> Result<(), StepError> {
+        let mut outcome = Ok(());
+        for (name, vg) in &self.pools {
+            if records.iter().any(|record| record.pool == *name)
+                && let Err(error) = locked(vg).activate()
+            {
+                outcome = Err(error.into());
+            }
+        }
+        outcome
+    }
+
+    fn pool(&self, name: &str) -> Result<Option<PoolFacts>, StepError> {
+        let vg = self.vg(name)?;
+        let Some(report) = vg.pool()? else { return Ok(None) };
+        let tpool = report.tpool_dm_uuid();
+        let logical_block_size = match self.dm.by_uuid(&tpool)? {
+            Some(device) => block::logical_block_size(device)?,
+            None => 512,
+        };
+        locked(&self.tpools).insert(name.to_owned(), tpool);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "a share of a size is not larger than the size, nor negative"
+        )]
+        let used = (report.size as f64 * report.data_percent.unwrap_or(0.0) / 100.0) as u64;
+        Ok(Some(PoolFacts {
+            size: report.size,
+            used,
+            free_outside: report.vg_free,
+            chunk: report.chunk_size,
+            logical_block_size,
+            zeroes: report.zero,
+            errors_when_full: report.error_when_full,
+        }))
+    }
+
+    fn pool_usage(&self, name: &str) -> Result<f64, StepError> {
+        let tpool = locked(&self.tpools).get(name).cloned();
+        let tpool = tpool.ok_or_else(|| StepError::Failed(format!("pool {name} was not seen")))?;
+        let status = self.dm.status_text_of(&tpool)?;
+        share_of_data(&status)
+            .ok_or_else(|| StepError::Failed(format!("thin pool status `{status}`")))
+    }
+
+    fn look(&self, record: &Record) -> Result<Seen, StepError> {
+        let receiving = record.receiving();
+        let clone = self.device(record, Role::Clone)?;
+        let src = self.device(record, Role::Src)?;
+        let handle = self.device(record, Role::Handle)?;
+        let clone_status = match &clone {
+            Some(Device { table: Some(Table { target: Target::Clone { .. }, .. }), .. }) => {
+                Some(self.dm.clone_status(&plan::dm_name(record, Role::Clone))?)
+            }
+            Some(_) | None => None,
+        };
+        let discards_blocked = match &clone {
+            Some(clone) if clone_status.is_some() => block::discard_max(clone.number)? == 0,
+            Some(_) | None => false,
+        };
+        let path_failed = match src.as_ref().and_then(|src| src.table.as_ref()) {
+            Some(Table { target: Target::Queue { path: Some(path) }, .. }) => {
+                let status = self.dm.status_text(&plan::dm_name(record, Role::Src))?;
+                dm::path_failed(&status, *path)
+            }
+            Some(_) | None => false,
+        };
+        let import = match receiving {
+            Some(receiving) => {
+                let seen = nvme::observe(&self.import(&receiving.source.export)?)?;
+                Import {
+                    connected: !seen.controllers.is_empty(),
+                    namespace: seen.namespace,
+                    live: seen.live,
+                }
+            }
+            None => Import::default(),
+        };
+        let published = match &record.phase {
+            Phase::Lent(lent) => {
+                let export = self.export(record, &lent.export, &lent.host_nqn)?;
+                let seen = self.nvmet.observe(&export)?;
+                match (seen.serves(), seen == nvmet::Seen::default()) {
+                    (true, _) => Presence::Complete,
+                    (false, true) => Presence::Absent,
+                    (false, false) => Presence::Partial,
+                }
+            }
+            Phase::Creating | Phase::Local | Phase::Receiving(_) | Phase::Deleting => {
+                Presence::Absent
+            }
+        };
+        Ok(Seen {
+            boot: self.boot,
+            data: self.lv(record.data.as_ref())?,
+            meta: self.lv(receiving.and_then(|receiving| receiving.meta.as_ref()))?,
+            held: held_in(&self.dm, record, handle.as_ref())?,
+            handle,
+            clone,
+            src,
+            export: self.device(record, Role::Export)?,
+            clone_status,
+            discards_blocked,
+            published,
+            import,
+            path_failed,
+            resting: false,
+            tuned: None,
+        })
+    }
+
+    fn handle(&self, id: VolumeId) -> Result<Option<Device>, StepError> {
+        let name = DmName::new(id, dmlocal_model::name::Generation::FIRST, Role::Handle);
+        Ok(self.dm.device(&name)?.map(seen))
+    }
+
+    fn held(&self, record: &Record) -> Result<u64, StepError> {
+        held_in(&self.dm, record, self.device(record, Role::Handle)?.as_ref())
+    }
+
+    fn apply(&self, record: &Record, step: &Step) -> Result<Option<Event>, StepError> {
+        let name = |role| plan::dm_name(record, role);
+        match step {
+            Step::Allocate { data, meta } => return self.allocate(record, *data, *meta).map(Some),
+            Step::Grow { to } => {
+                let (data, _) = plan::lv_names(record);
+                self.vg(&record.pool)?.extend(&data, to.bytes())?;
+            }
+            Step::RetireMeta => self.retire(record, false)?,
+            Step::RetireAll => self.retire(record, true)?,
+            Step::ZeroMeta(device) => block::zero_block0(*device)?,
+            Step::Set(role, table) => self.set(record, *role, table)?,
+            Step::LoadClone { table, floor } => self.load_clone(record, table, *floor)?,
+            Step::Remove(role) => match self.dm.remove(&name(*role), Remove::Now) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                    return Err(StepError::Busy(name(*role).path()));
+                }
+                outcome => outcome?,
+            },
+            Step::RemoveDeferred(role) => self.dm.remove(&name(*role), Remove::Deferred)?,
+            Step::SuspendHandle => self.dm.suspend(&name(Role::Handle), SWAP)?,
+            Step::Resume(role) => self.dm.resume(&name(*role))?,
+            Step::OpenHandle(table) => self.open_handle(record, table)?,
+            Step::BlockDiscards(device) => block::block_discards(*device)?,
+            Step::Hydrate(true) => self.message_clone(record, "enable_hydration")?,
+            Step::Hydrate(false) => self.message_clone(record, "disable_hydration")?,
+            Step::Tune { threshold, batch } => {
+                self.message_clone(record, &format!("hydration_threshold {threshold}"))?;
+                self.message_clone(record, &format!("hydration_batch_size {batch}"))?;
+            }
+            Step::Commit => self.commit(record)?,
+            Step::ReinstatePath(device) => {
+                self.dm.message(&name(Role::Src), &format!("reinstate_path {device}"))?;
+            }
+            Step::Publish { export, host_nqn } => {
+                self.nvmet.publish(&self.export(record, export, host_nqn)?)?;
+            }
+            Step::Unpublish { export, host_nqn } => {
+                self.nvmet.unpublish(&self.export(record, export, host_nqn)?)?;
+            }
+            Step::Connect(export) => nvme::connect(&self.import(export)?, CONNECT)?,
+            Step::Disconnect(export) => nvme::disconnect(&export.subsystem_nqn, DISCONNECT)?,
+            Step::CutSource(export) => self.cut_source(record, export)?,
+            Step::Seal(table) => self.seal(record, table)?,
+            Step::FenceHandle(table) => self.fence(record, table)?,
+            Step::Flush(device) => block::flush(*device)?,
+        }
+        Ok(None)
+    }
+
+    fn committed(&self, record: &Record) -> Result<u64, StepError> {
+        let name = plan::dm_name(record, Role::Clone);
+        // The first answer may count regions that its own commit did not cover;
+        // the second commit covers them.
+        let first = self.dm.commit_clone(&name)?;
+        let second = self.dm.commit_clone(&name)?;
+        match (first, second) {
+            (
+                CloneStatus::Working { hydrated, read_only: false, .. },
+                CloneStatus::Working { read_only: false, .. },
+            ) => Ok(hydrated),
+            (_, second) => Err(StepError::Refused(format!("not committed: {second:?}"))),
+        }
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn seen(device: dm::Device) -> Device {
+    let mut tables = device.tables.into_iter();
+    let table = match (tables.next(), tables.next()) {
+        (Some(table), None) => Some(table),
+        // Several targets are nobody's table here.
+        (Some(table), Some(_)) => Some(Table {
+            length: table.length,
+            target: Target::Foreign { kind: table.target.kind().to_owned() },
+        }),
+        (None, _) => None,
+    };
+    Device {
+        number: device.number,
+        table,
+        suspended: device.suspended,
+        open_count: device.open_count,
+        leaving: device.leaving,
+    }
+}
+
+fn held_in(dm: &Dm, record: &Record, handle: Option<&Device>) -> Result<u64, StepError> {
+    match handle.and_then(|handle| handle.table.as_ref()) {
+        Some(Table { target: Target::Hold { .. }, .. }) => {
+            let status = dm.status_text(&plan::dm_name(record, Role::Handle))?;
+            held_writes(&status)
+                .ok_or_else(|| StepError::Failed(format!("delay status `{status}`")))
+        }
+        Some(_) | None => Ok(0),
+    }
+}
+
+/// The delay target counts the requests that wait, by class: reads, writes,
+/// flushes (drivers/md/dm-delay.c, `delay_status`).
+fn held_writes(status: &str) -> Option<u64> {
+    let mut counts = status.split_ascii_whitespace().map(str::parse::<u64>);
+    let _reads = counts.next()?.ok()?;
+    let writes = counts.next()?.ok()?;
+    let flushes = counts.next()?.ok()?;
+    Some(writes + flushes)
+}
+
+/// Used data blocks over all: the sixth word of a thin pool's status
+/// (drivers/md/dm-thin.c, `pool_status`).
+fn share_of_data(status: &str) -> Option<f64> {
+    let (used, total) = status.split_ascii_whitespace().nth(2)?.split_once('/')?;
+    let (used, total): (f64, f64) = (used.parse().ok()?, total.parse().ok()?);
+    (total > 0.0).then(|| used / total)
+}
+
+fn address(export: &ExportName) -> Result<std::net::IpAddr, StepError> {
+    export.address.parse().map_err(|_| StepError::Failed(format!("address {}", export.address)))
+}
+
+/// LVM's UUID of a logical volume, with hyphens, out of its device-mapper UUID:
+/// the last 32 characters in groups of 6, 4, 4, 4, 4, 4, 6.
+fn lv_uuid(dm_uuid: &str) -> Result<String, StepError> {
+    let plain = dm_uuid
+        .strip_prefix(LVM_UUID_PREFIX)
+        .filter(|rest| rest.len() == 64 && rest.is_ascii())
+        .ok_or_else(|| StepError::Failed(format!("`{dm_uuid}` is not an LVM device")))?;
+    let mut rest = &plain[32..];
+    let mut groups = Vec::new();
+    for length in [6, 4, 4, 4, 4, 4, 6] {
+        let (group, tail) = rest.split_at(length);
+        groups.push(group);
+        rest = tail;
+    }
+    Ok(groups.join("-"))
+}
+
+impl From<io::Error> for StepError {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::ResourceBusy => Self::Busy(error.to_string()),
+            io::ErrorKind::TimedOut => Self::TimedOut(error.to_string()),
+            io::ErrorKind::StorageFull => Self::NoRoom(error.to_string()),
+            _ => Self::Failed(error.to_string()),
+        }
+    }
+}
+
+impl From<LvmError> for StepError {
+    fn from(error: LvmError) -> Self {
+        match error {
+            LvmError::NoSpace(_) => Self::NoRoom(error.to_string()),
+            LvmError::InUse(_) => Self::Busy(error.to_string()),
+            LvmError::Taken { .. }
+            | LvmError::Missing(_)
+            | LvmError::Name(_)
+            | LvmError::Report(_)
+            | LvmError::Exec(_) => Self::Failed(error.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::{held_writes, lv_uuid, share_of_data};
+
+    #[test]
+    fn an_lv_is_named_by_its_own_half_of_the_device_uuid() {
+        let vg = "a".repeat(32);
+        let uuid = lv_uuid(&format!("LVM-{vg}BCDEFGhijklmnopqrstuvwxyz0123456")).unwrap();
+        assert_eq!(uuid, "BCDEFG-hijk-lmno-pqrs-tuvw-xyz0-123456");
+        assert!(lv_uuid("LVM-short").is_err());
+        assert!(lv_uuid(&format!("DMLO{vg}{vg}")).is_err());
+    }
+
+    #[test]
+    fn held_writes_and_flushes_are_counted_and_reads_are_not() {
+        assert_eq!(held_writes("7 2 1"), Some(3));
+        assert_eq!(held_writes("7"), None);
+    }
+
+    #[test]
+    fn the_share_of_a_thin_pool_is_its_data_blocks() {
+        let status = "1 12/1024 512/16384 - rw no_discard_passdown error_if_no_space - 1024";
+        assert_eq!(share_of_data(status), Some(512.0 / 16384.0));
+        assert_eq!(share_of_data("Fail"), None);
+    }
+}

@@ -1,0 +1,195 @@
+//! Questions to other nodes' agents, each with a deadline.
+
+use std::{collections::BTreeMap, sync::Mutex, time::Duration};
+
+use async_trait::async_trait;
+use dmlocal_model::{admit::Claim, name::VolumeId, volume::Borrower};
+use dmlocal_proto::v1;
+use tonic::{
+    Code, Status,
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
+};
+use tonic_types::StatusExt as _;
+
+use crate::config::Tls;
+
+/// Longest wait for a connection to a peer.
+const CONNECT: Duration = Duration::from_secs(5);
+
+/// Longest wait for a peer's answer: a fence writes the page cache back first.
+const ANSWER: Duration = Duration::from_secs(60);
+
+/// Why a peer did not do what it was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PeerError {
+    /// No answer: whether it was done is not known.
+    #[error("{node} does not answer: {why}")]
+    Unreachable {
+        /// The peer.
+        node: String,
+        /// What was seen.
+        why: String,
+    },
+    /// It answered, and will not.
+    #[error("{node}: {message}")]
+    Refused {
+        /// The peer.
+        node: String,
+        /// Its stable reason.
+        reason: String,
+        /// Its words.
+        message: String,
+    },
+}
+
+/// A peer and where its agent listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// Its node name; its certificate must carry it.
+    pub node: String,
+    /// URL of its agent.
+    pub endpoint: String,
+}
+
+impl From<&Borrower> for Peer {
+    fn from(borrower: &Borrower) -> Self {
+        Self { node: borrower.node.clone(), endpoint: borrower.endpoint.clone() }
+    }
+}
+
+/// What one agent asks of another. Repeating a question is harmless.
+#[async_trait]
+pub trait Peers: Send + Sync + 'static {
+    /// Opens a connection ahead of time; failure shows when it is used.
+    async fn prepare(&self, peer: &Peer);
+
+    /// Nobody there writes any more; the answer is the volume's size in bytes.
+    async fn fence(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<u64, PeerError>;
+
+    /// The copy there may go.
+    async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError>;
+
+    /// The grant is given back unused.
+    async fn revoke(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError>;
+
+    /// Whether the peer has taken the volume under the grant.
+    async fn query(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<bool, PeerError>;
+}
+
+/// Peers over gRPC with mutual TLS.
+#[derive(Debug)]
+pub struct TlsPeers {
+    tls: Option<ClientTlsConfig>,
+    channels: Mutex<BTreeMap<(String, String), Channel>>,
+}
+
+impl TlsPeers {
+    /// Reads the certificates.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn new(files: Option<&Tls>) -> std::io::Result<Self> {
+        let tls = files
+            .map(|files| {
+                Ok::<_, std::io::Error>(
+                    ClientTlsConfig::new()
+                        .ca_certificate(Certificate::from_pem(std::fs::read(&files.ca)?))
+                        .identity(Identity::from_pem(
+                            std::fs::read(&files.cert)?,
+                            std::fs::read(&files.key)?,
+                        )),
+                )
+            })
+            .transpose()?;
+        Ok(Self { tls, channels: Mutex::default() })
+    }
+
+    fn moves(&self, peer: &Peer) -> Result<v1::moves_client::MovesClient<Channel>, PeerError> {
+        let unreachable = |why: String| PeerError::Unreachable { node: peer.node.clone(), why };
+        let key = (peer.node.clone(), peer.endpoint.clone());
+        let mut channels = self.channels.lock().unwrap_or_else(|lock| lock.into_inner());
+        if let Some(channel) = channels.get(&key) {
+            return Ok(v1::moves_client::MovesClient::new(channel.clone()));
+        }
+        let tls = self.tls.clone().ok_or_else(|| unreachable("no [tls] is configured".into()))?;
+        // The certificate must be the node's own, whatever the URL says.
+        let channel = Endpoint::from_shared(peer.endpoint.clone())
+            .and_then(|endpoint| endpoint.tls_config(tls.domain_name(&peer.node)))
+            .map_err(|error| unreachable(error.to_string()))?
+            .connect_timeout(CONNECT)
+            .timeout(ANSWER)
+            .connect_lazy();
+        channels.insert(key, channel.clone());
+        Ok(v1::moves_client::MovesClient::new(channel))
+    }
+
+    /// A connection that failed once is made anew.
+    fn outcome<T>(
+        &self,
+        peer: &Peer,
+        answer: Result<tonic::Response<T>, Status>,
+    ) -> Result<T, PeerError> {
+        let status = match answer {
+            Ok(response) => return Ok(response.into_inner()),
+            Err(status) => status,
+        };
+        let node = peer.node.clone();
+        let message = status.message().to_owned();
+        if let Some(info) = status.get_error_details().error_info()
+            && !matches!(status.code(), Code::Unavailable | Code::Internal | Code::Unknown)
+        {
+            return Err(PeerError::Refused { node, reason: info.reason.clone(), message });
+        }
+        let key = (peer.node.clone(), peer.endpoint.clone());
+        self.channels.lock().unwrap_or_else(|lock| lock.into_inner()).remove(&key);
+        Err(PeerError::Unreachable { node, why: message })
+    }
+}
+
+#[async_trait]
+impl Peers for TlsPeers {
+    async fn prepare(&self, peer: &Peer) {
+        if let Ok(mut moves) = self.moves(peer) {
+            // Any call opens the connection; this one asks for nothing.
+            let _ = moves.query_grant(v1::QueryGrantRequest::default()).await;
+        }
+    }
+
+    async fn fence(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<u64, PeerError> {
+        let request = v1::FenceRequest {
+            volume_id: volume.to_string(),
+            grant_id: claim.grant.to_string(),
+            incarnation: claim.incarnation.to_string(),
+            generation: claim.generation.0,
+        };
+        let answer = self.moves(peer)?.fence(request).await;
+        Ok(self.outcome(peer, answer)?.size_bytes)
+    }
+
+    async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
+        let request = v1::ReleaseRequest {
+            volume_id: volume.to_string(),
+            grant_id: claim.grant.to_string(),
+            incarnation: claim.incarnation.to_string(),
+            generation: claim.generation.0,
+        };
+        let answer = self.moves(peer)?.release(request).await;
+        self.outcome(peer, answer).map(|_| ())
+    }
+
+    async fn revoke(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
+        let request =
+            v1::RevokeRequest { volume_id: volume.to_string(), grant_id: claim.grant.to_string() };
+        let answer = self.moves(peer)?.revoke(request).await;
+        self.outcome(peer, answer).map(|_| ())
+    }
+
+    async fn query(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<bool, PeerError> {
+        let request = v1::QueryGrantRequest {
+            volume_id: volume.to_string(),
+            grant_id: claim.grant.to_string(),
+        };
+        let answer = self.moves(peer)?.query_grant(request).await;
+        Ok(self.outcome(peer, answer)?.taken)
+    }
+}

@@ -1,0 +1,104 @@
+//! What is known of a copy between two looks: rate, rest, and since when the
+//! source has been silent. None of it is journalled; all of it is made anew
+//! after a restart.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant, SystemTime},
+};
+
+use dmlocal_model::{
+    plan::Seen,
+    table::CloneStatus,
+    volume::{ReceivingStage, Record},
+};
+
+/// Time over which the rate is averaged.
+const WINDOW: Duration = Duration::from_secs(5);
+
+/// Progress of one volume's copy.
+#[derive(Debug, Default)]
+pub struct Progress {
+    samples: VecDeque<(Instant, u64)>,
+    /// Settings that the clone was last given by this process.
+    pub tuned: Option<(u32, u32)>,
+    budget: Option<Budget>,
+    stalled_since: Option<SystemTime>,
+}
+
+#[derive(Debug)]
+struct Budget {
+    rate: u64,
+    since: Instant,
+    copied_before: u64,
+}
+
+impl Progress {
+    /// Takes a look into account, and tells it whether copying must rest.
+    pub fn observe(&mut self, record: &Record, seen: &mut Seen, pool_is_high: bool, now: Instant) {
+        seen.tuned = self.tuned;
+        let hydrating =
+            record.receiving().filter(|receiving| receiving.stage == ReceivingStage::Hydrating);
+        let (Some(receiving), Some(CloneStatus::Working { hydrated, total, .. })) =
+            (hydrating, &seen.clone_status)
+        else {
+            *self = Self { tuned: self.tuned, ..Self::default() };
+            return;
+        };
+        let here = hydrated.saturating_mul(receiving.region.bytes());
+        self.samples.push_back((now, here));
+        while self.samples.len() > 2 && self.samples[1].0 + WINDOW < now {
+            self.samples.pop_front();
+        }
+        seen.resting = pool_is_high || self.over_budget(record.tuning.rate, here, now);
+        let silent = hydrated < total && (!seen.import.live || seen.path_failed);
+        self.stalled_since = silent.then(|| self.stalled_since.unwrap_or_else(SystemTime::now));
+    }
+
+    fn over_budget(&mut self, rate: u64, here: u64, now: Instant) -> bool {
+        if rate == 0 {
+            self.budget = None;
+            return false;
+        }
+        // A budget is spent over a few seconds, so that a pause earns nothing.
+        let fresh = match &self.budget {
+            Some(budget) => budget.rate != rate || budget.since + 2 * WINDOW < now,
+            None => true,
+        };
+        if fresh {
+            let over = self.budget.as_ref().is_some_and(|budget| {
+                budget.rate == rate
+                    && here.saturating_sub(budget.copied_before) > budget.earned(now)
+            });
+            if !over {
+                self.budget = Some(Budget { rate, since: now, copied_before: here });
+            }
+        }
+        self.budget
+            .as_ref()
+            .is_some_and(|budget| here.saturating_sub(budget.copied_before) > budget.earned(now))
+    }
+
+    /// Bytes per second over the last seconds.
+    pub fn rate(&self) -> Option<u64> {
+        let (first, last) = (self.samples.front()?, self.samples.back()?);
+        let elapsed = last.0.duration_since(first.0).as_millis();
+        if elapsed == 0 {
+            return None;
+        }
+        let copied = u128::from(last.1.saturating_sub(first.1));
+        u64::try_from(copied * 1000 / elapsed).ok()
+    }
+
+    /// Since when the source has been silent.
+    pub const fn stalled_since(&self) -> Option<SystemTime> {
+        self.stalled_since
+    }
+}
+
+impl Budget {
+    fn earned(&self, now: Instant) -> u64 {
+        let elapsed = now.duration_since(self.since).as_millis();
+        u64::try_from(u128::from(self.rate) * elapsed / 1000).unwrap_or(u64::MAX)
+    }
+}

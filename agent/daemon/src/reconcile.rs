@@ -1,0 +1,799 @@
+//! Makes what is there agree with what the journal says, one volume at a time.
+//!
+//! ```text
+//! request ── admit ── journal ─┐
+//! start-up ────────────────────┼─► converge: look ─► plan::next ─► act ─► journal ─┐
+//! tick, nudge ─────────────────┘      ▲                                            │
+//!                                     └────────────────────────────────────────────┘
+//! ```
+//!
+//! One task tends each volume, and one lock per volume lets only one thing
+//! happen to it at a time; a volume whose device is stuck holds up no other.
+//! Readers never wait: they see the last published [`View`].
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, Instant, SystemTime},
+};
+
+use dmlocal_model::{
+    admit::{Claim, Refusal},
+    name::VolumeId,
+    plan::{self, Call, Device, Next, Seen, Step, Wait},
+    volume::{Event, Fate, Phase, ReceivingStage, Record, Tombstone},
+};
+use tokio::{
+    sync::{Notify, broadcast, watch},
+    task::JoinError,
+    time::{sleep, timeout},
+};
+use tracing::{debug, info, warn};
+use uuid::Uuid;
+
+use crate::{
+    config::Config,
+    kernel::{Kernel, PoolFacts, StepError},
+    peers::{Peer, PeerError, Peers},
+    progress::Progress,
+    store::{Store, StoreError},
+};
+
+/// More actions than this without a rest mean that acting changes nothing.
+const MAX_ACTIONS: usize = 100;
+
+/// How often a held handle is asked whether a write waits in it.
+const HELD_POLL: Duration = Duration::from_millis(10);
+
+/// How often everything about a held volume is looked at.
+const HELD_LOOK: Duration = Duration::from_secs(1);
+
+/// How often a copy is looked at; a clone that fails must be noticed within a
+/// second.
+const COPY_LOOK: Duration = Duration::from_millis(250);
+
+/// How long after a failure the same is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What went wrong: one variant per kind of answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// The request cannot be granted; nothing was changed.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// An argument is not of its form.
+    #[error("{field}: {problem}")]
+    Argument {
+        /// Which.
+        field: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The id is not a lower-case UUID.
+    #[error("{0}")]
+    Id(String),
+    /// LVM or the kernel did not do something.
+    #[error("{step}: {source}")]
+    Step {
+        /// What was to be done.
+        step: String,
+        /// Why it was not.
+        source: StepError,
+    },
+    /// The other node did not do something.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// The fenced source has another size.
+    #[error("the source has {source_bytes} bytes, this copy {here}")]
+    SizeMismatch {
+        /// Bytes at the source.
+        source_bytes: u64,
+        /// Bytes here.
+        here: u64,
+    },
+    /// The journal cannot be written.
+    #[error(transparent)]
+    Journal(#[from] StoreError),
+    /// A defect.
+    #[error("{0}")]
+    Internal(String),
+    /// Undoing what a failed request had begun failed as well.
+    #[error("{cause}; undoing it failed too: {undo}")]
+    Undo {
+        /// The first failure.
+        cause: Box<ServiceError>,
+        /// The second.
+        undo: Box<ServiceError>,
+    },
+}
+
+impl From<JoinError> for ServiceError {
+    fn from(error: JoinError) -> Self {
+        Self::Internal(format!("a task ended early: {error}"))
+    }
+}
+
+/// Where converging came to rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rest {
+    /// Nothing is to be done until a request comes.
+    Settled,
+    /// Something else must happen first.
+    Wait(Wait),
+    /// The volume has left this node.
+    Gone,
+}
+
+/// What readers see of a volume.
+#[derive(Debug, Clone)]
+pub struct View {
+    /// What the journal says.
+    pub record: Record,
+    /// What was there at the last look.
+    pub seen: Option<Seen>,
+    /// Why it is as it is, for people.
+    pub detail: String,
+    /// Bytes copied per second.
+    pub rate: Option<u64>,
+    /// Since when the source has been silent.
+    pub stalled_since: Option<SystemTime>,
+}
+
+/// A volume's place in memory.
+#[derive(Debug)]
+pub struct Slot {
+    id: VolumeId,
+    work: tokio::sync::Mutex<Work>,
+    view: watch::Sender<Option<View>>,
+    nudge: Notify,
+}
+
+/// What only the holder of a volume's lock may see or change.
+#[derive(Debug, Default)]
+pub struct Work {
+    /// What the journal says; none before creation and after the end.
+    pub record: Option<Record>,
+    progress: Progress,
+    rest: Option<Rest>,
+    detail: String,
+    left: bool,
+}
+
+/// A node's volumes.
+pub struct Volumes {
+    /// The configuration.
+    pub config: Config,
+    /// The journal.
+    pub store: Store,
+    /// The kernel and LVM.
+    pub kernel: Arc<dyn Kernel>,
+    /// Other nodes.
+    pub peers: Arc<dyn Peers>,
+    slots: Mutex<BTreeMap<VolumeId, Arc<Slot>>>,
+    changes: broadcast::Sender<VolumeId>,
+    pools: Mutex<BTreeMap<String, PoolFacts>>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+impl Volumes {
+    /// Opens the journal's records; nothing is touched yet.
+    ///
+    /// # Errors
+    /// The journal cannot be read.
+    pub fn open(
+        config: Config,
+        store: Store,
+        kernel: Arc<dyn Kernel>,
+        peers: Arc<dyn Peers>,
+    ) -> Result<Arc<Self>, ServiceError> {
+        let records = store.records()?;
+        let (changes, _) = broadcast::channel(256);
+        let volumes = Self {
+            config,
+            store,
+            kernel,
+            peers,
+            slots: Mutex::default(),
+            changes,
+            pools: Mutex::default(),
+        };
+        let mut slots = BTreeMap::new();
+        for record in records {
+            let slot = Slot::new(record.id);
+            slot.view.send_replace(Some(View::new(&record)));
+            slot.work
+                .try_lock()
+                .map_err(|error| ServiceError::Internal(error.to_string()))?
+                .record = Some(record.clone());
+            slots.insert(record.id, Arc::new(slot));
+        }
+        *locked(&volumes.slots) = slots;
+        Ok(Arc::new(volumes))
+    }
+
+    /// Recovery: exports first, so that other nodes' copies go on; everything
+    /// else after that, and without waiting for any peer.
+    ///
+    /// # Errors
+    /// Never for one volume's sake; each goes on trying by itself.
+    pub async fn recover(self: &Arc<Self>) -> Result<(), ServiceError> {
+        let slots: Vec<_> = locked(&self.slots).values().cloned().collect();
+        let records: Vec<Record> = slots
+            .iter()
+            .filter_map(|slot| slot.view.borrow().as_ref().map(|v| v.record.clone()))
+            .collect();
+        let kernel = Arc::clone(&self.kernel);
+        if let Err(error) = tokio::task::spawn_blocking(move || kernel.activate(&records)).await? {
+            warn!(%error, "not all logical volumes could be activated");
+        }
+        let (sources, others): (Vec<_>, Vec<_>) = slots.into_iter().partition(|slot| {
+            slot.view.borrow().as_ref().is_some_and(|view| view.record.lent().is_some())
+        });
+        for slot in &sources {
+            let mut work = slot.work.lock().await;
+            // Boundless waits hide in questions to peers: the tending task asks.
+            if let Ok(Err(error)) = timeout(RETRY * 10, self.converge(slot, &mut work)).await {
+                warn!(volume = %slot.id, %error, "not yet recovered");
+            }
+        }
+        for slot in sources.into_iter().chain(others) {
+            slot.nudge.notify_one();
+            tokio::spawn(Arc::clone(self).tend(slot));
+        }
+        Ok(())
+    }
+
+    /// The slot of a volume, made if it is absent.
+    fn slot(self: &Arc<Self>, id: VolumeId) -> Arc<Slot> {
+        let mut slots = locked(&self.slots);
+        if let Some(slot) = slots.get(&id) {
+            return Arc::clone(slot);
+        }
+        let slot = Arc::new(Slot::new(id));
+        slots.insert(id, Arc::clone(&slot));
+        tokio::spawn(Arc::clone(self).tend(Arc::clone(&slot)));
+        slot
+    }
+
+    /// Runs `work` with the volume's lock held, on the slot that is current.
+    pub async fn with<T>(
+        self: &Arc<Self>,
+        id: VolumeId,
+        work: impl AsyncFnOnce(&Slot, &mut Work) -> T,
+    ) -> T {
+        loop {
+            let slot = self.slot(id);
+            let mut guard = slot.work.lock().await;
+            if guard.left {
+                continue;
+            }
+            let outcome = work(&slot, &mut guard).await;
+            if guard.record.is_none() {
+                self.leave(&slot, &mut guard);
+            }
+            slot.nudge.notify_one();
+            return outcome;
+        }
+    }
+
+    /// Takes an empty slot out of the map; its task ends.
+    fn leave(&self, slot: &Slot, work: &mut Work) {
+        work.left = true;
+        locked(&self.slots).remove(&slot.id);
+    }
+
+    /// What readers see of one volume.
+    pub fn view(&self, id: VolumeId) -> Option<View> {
+        let slot = locked(&self.slots).get(&id).cloned()?;
+        let view = slot.view.borrow().clone();
+        view
+    }
+
+    /// What readers see of every volume, sorted by id.
+    pub fn views(&self) -> Vec<View> {
+        let slots: Vec<_> = locked(&self.slots).values().cloned().collect();
+        slots.iter().filter_map(|slot| slot.view.borrow().clone()).collect()
+    }
+
+    /// The ids of volumes as they change.
+    pub fn changes(&self) -> broadcast::Receiver<VolumeId> {
+        self.changes.subscribe()
+    }
+
+    /// A pool's facts from memory, or from LVM when they are not there yet or
+    /// `fresh` ones are asked for.
+    ///
+    /// # Errors
+    /// LVM cannot be asked, or the pool is not there.
+    pub async fn pool_facts(
+        &self,
+        name: &str,
+        fresh: bool,
+    ) -> Result<Option<PoolFacts>, ServiceError> {
+        if !fresh && let Some(facts) = locked(&self.pools).get(name) {
+            return Ok(Some(facts.clone()));
+        }
+        let (kernel, owned) = (Arc::clone(&self.kernel), name.to_owned());
+        let facts =
+            tokio::task::spawn_blocking(move || kernel.pool(&owned)).await?.map_err(|source| {
+                ServiceError::Step { step: format!("look at pool {name}"), source }
+            })?;
+        let mut pools = locked(&self.pools);
+        match &facts {
+            Some(facts) => pools.insert(name.to_owned(), facts.clone()),
+            None => pools.remove(name),
+        };
+        Ok(facts)
+    }
+
+    async fn tend(self: Arc<Self>, slot: Arc<Slot>) {
+        let mut next_look = Instant::now();
+        loop {
+            let rest = slot.work.lock().await.rest;
+            let pause = match rest {
+                Some(Rest::Settled | Rest::Wait(Wait::Peer)) => None,
+                Some(Rest::Wait(Wait::Switch)) => Some(HELD_POLL),
+                Some(Rest::Wait(Wait::Hydration | Wait::Source)) => Some(COPY_LOOK),
+                Some(Rest::Wait(Wait::Operator | Wait::Pool)) => Some(RETRY * 5),
+                None => Some(RETRY),
+                Some(Rest::Gone) => return,
+            };
+            let nudged = match pause {
+                None => {
+                    slot.nudge.notified().await;
+                    true
+                }
+                Some(pause) => timeout(pause, slot.nudge.notified()).await.is_ok(),
+            };
+            let mut work = slot.work.lock().await;
+            if work.left {
+                return;
+            }
+            let Some(record) = work.record.clone() else {
+                // Made by a request that has not admitted anything.
+                self.leave(&slot, &mut work);
+                return;
+            };
+            if rest == Some(Rest::Wait(Wait::Switch)) && !nudged && Instant::now() < next_look {
+                let kernel = Arc::clone(&self.kernel);
+                let held = tokio::task::spawn_blocking(move || kernel.held(&record)).await;
+                if matches!(held, Ok(Ok(0))) {
+                    continue;
+                }
+            }
+            next_look = Instant::now() + HELD_LOOK;
+            if rest == Some(Rest::Wait(Wait::Pool)) {
+                let (kernel, records) = (Arc::clone(&self.kernel), work.record.clone());
+                let activated = tokio::task::spawn_blocking(move || {
+                    kernel.activate(&records.into_iter().collect::<Vec<_>>())
+                });
+                if let Ok(Err(error)) = activated.await {
+                    debug!(volume = %slot.id, %error, "the pool is still away");
+                }
+            }
+            let before = work.detail.clone();
+            if let Err(error) = self.converge(&slot, &mut work).await
+                && work.detail != before
+            {
+                warn!(volume = %slot.id, %error, "will be tried again");
+            }
+            if work.record.is_none() {
+                self.leave(&slot, &mut work);
+                return;
+            }
+            if work.rest.is_none() {
+                // A failure is not tried again at once, however it was woken.
+                drop(work);
+                sleep(RETRY).await;
+            }
+        }
+    }
+
+    /// Acts until nothing more can be done now.
+    ///
+    /// # Errors
+    /// The first action that failed; the same call tries it again.
+    pub async fn converge(
+        self: &Arc<Self>,
+        slot: &Slot,
+        work: &mut Work,
+    ) -> Result<Rest, ServiceError> {
+        let outcome = self.converging(slot, work).await;
+        match &outcome {
+            Ok(rest) => {
+                work.rest = Some(*rest);
+                work.detail = work.record.as_ref().map(|r| describe(r, *rest)).unwrap_or_default();
+            }
+            Err(error) => {
+                work.rest = None;
+                work.detail = error.to_string();
+            }
+        }
+        self.publish(slot, work, None);
+        outcome
+    }
+
+    async fn converging(
+        self: &Arc<Self>,
+        slot: &Slot,
+        work: &mut Work,
+    ) -> Result<Rest, ServiceError> {
+        for _ in 0..MAX_ACTIONS {
+            let Some(record) = work.record.clone() else { return Ok(Rest::Gone) };
+            let seen = self.look(&record, work).await?;
+            self.publish(slot, work, Some(seen.clone()));
+            let next = plan::next(&record, &seen);
+            debug!(volume = %slot.id, ?next, "next");
+            match next {
+                Next::Do(steps) => self.apply_all(&record, steps, work).await?,
+                Next::DoThen(step, event) => {
+                    self.apply(&record, step, work).await?;
+                    self.journal(slot, work, event).await?;
+                }
+                Next::Allocate(steps) => self.allocate(slot, &record, steps, work).await?,
+                Next::JournalFloor => {
+                    let kernel = Arc::clone(&self.kernel);
+                    let floor = tokio::task::spawn_blocking(move || kernel.committed(&record))
+                        .await?
+                        .map_err(|source| ServiceError::Step { step: "commit".into(), source })?;
+                    self.journal(slot, work, Event::Floor(floor)).await?;
+                }
+                Next::Journal(event) => self.journal(slot, work, event).await?,
+                Next::Ask(call) => {
+                    let event = self.ask(slot, work, &record, call).await?;
+                    self.journal(slot, work, event).await?;
+                }
+                Next::AskThenForget(_) => {
+                    self.withdraw(&record).await?;
+                    self.forget(slot, work, &record).await?;
+                }
+                Next::Wait(wait) => return Ok(Rest::Wait(wait)),
+                Next::Settled => return Ok(Rest::Settled),
+                Next::Forget(steps) => {
+                    for step in steps {
+                        self.apply(&record, step, work).await?;
+                    }
+                    self.forget(slot, work, &record).await?;
+                }
+            }
+        }
+        Err(ServiceError::Internal("acting changes nothing".into()))
+    }
+
+    async fn look(&self, record: &Record, work: &mut Work) -> Result<Seen, ServiceError> {
+        let (kernel, owned) = (Arc::clone(&self.kernel), record.clone());
+        let hydrating = record.receiving().is_some_and(|r| r.stage == ReceivingStage::Hydrating);
+        let (seen, usage) = tokio::task::spawn_blocking(move || {
+            let usage = if hydrating { kernel.pool_usage(&owned.pool).ok() } else { None };
+            (kernel.look(&owned), usage)
+        })
+        .await?;
+        let mut seen = seen.map_err(|source| ServiceError::Step { step: "look".into(), source })?;
+        let high = self.config.pool(&record.pool).map_or(100.0, |pool| pool.high_water_percent);
+        let is_high = usage.is_some_and(|usage| usage * 100.0 >= high);
+        work.progress.observe(record, &mut seen, is_high, Instant::now());
+        Ok(seen)
+    }
+
+    async fn apply(
+        &self,
+        record: &Record,
+        step: Step,
+        work: &mut Work,
+    ) -> Result<Option<Event>, ServiceError> {
+        let (kernel, owned, acted) = (Arc::clone(&self.kernel), record.clone(), step.clone());
+        let outcome = tokio::task::spawn_blocking(move || kernel.apply(&owned, &acted)).await?;
+        debug!(volume = %record.id, ?step, ?outcome, "step");
+        match &step {
+            Step::Tune { threshold, batch } if outcome.is_ok() => {
+                work.progress.tuned = Some((*threshold, *batch));
+            }
+            Step::LoadClone { .. } => work.progress.tuned = None,
+            Step::Allocate { .. } | Step::Grow { .. } | Step::RetireAll | Step::RetireMeta => {
+                locked(&self.pools).remove(&record.pool);
+            }
+            _ => {}
+        }
+        outcome.map_err(|source| match source {
+            StepError::NoRoom(_) => {
+                Refusal::NoRoom { pool: record.pool.clone(), needed: record.size.bytes(), free: 0 }
+                    .into()
+            }
+            source => ServiceError::Step { step: name_of(&step), source },
+        })
+    }
+
+    /// All at the same time; the first failure is reported once all have ended.
+    async fn apply_all(
+        &self,
+        record: &Record,
+        steps: Vec<Step>,
+        work: &mut Work,
+    ) -> Result<(), ServiceError> {
+        // Steps that go together have no effect on `work`; one alone may.
+        let mut steps = steps.into_iter();
+        let first = steps.next();
+        let others: Vec<_> = steps
+            .map(|step| {
+                let (kernel, record) = (Arc::clone(&self.kernel), record.clone());
+                tokio::task::spawn_blocking(move || {
+                    kernel
+                        .apply(&record, &step)
+                        .map_err(|source| ServiceError::Step { step: name_of(&step), source })
+                })
+            })
+            .collect();
+        let mut outcome = match first {
+            Some(step) => self.apply(record, step, work).await.map(|_| ()),
+            None => Ok(()),
+        };
+        for other in others {
+            let ended = other.await?;
+            if outcome.is_ok() {
+                outcome = ended.map(|_| ());
+            }
+        }
+        outcome
+    }
+
+    async fn allocate(
+        &self,
+        slot: &Slot,
+        record: &Record,
+        mut steps: Vec<Step>,
+        work: &mut Work,
+    ) -> Result<(), ServiceError> {
+        let rest = steps.split_off(1);
+        let others = rest.into_iter().map(|step| {
+            let (kernel, record) = (Arc::clone(&self.kernel), record.clone());
+            tokio::task::spawn_blocking(move || {
+                kernel
+                    .apply(&record, &step)
+                    .map_err(|source| ServiceError::Step { step: name_of(&step), source })
+            })
+        });
+        let others: Vec<_> = others.collect();
+        let mut outcome = match steps.pop() {
+            Some(step) => match self.apply(record, step, work).await {
+                Ok(Some(event)) => self.journal(slot, work, event).await,
+                Ok(None) => Err(ServiceError::Internal("an allocation named no LV".into())),
+                Err(error) => Err(error),
+            },
+            None => Ok(()),
+        };
+        for other in others {
+            let ended = other.await?;
+            if outcome.is_ok() {
+                outcome = ended.map(|_| ());
+            }
+        }
+        outcome
+    }
+
+    /// Journals an event and only then believes it.
+    pub async fn journal(
+        &self,
+        slot: &Slot,
+        work: &mut Work,
+        event: Event,
+    ) -> Result<(), ServiceError> {
+        let Some(record) = work.record.clone() else { return Ok(()) };
+        let mut stones = Vec::new();
+        if event == Event::Revoked
+            && let Some(lent) = record.lent()
+        {
+            stones.push(Tombstone {
+                volume: record.id,
+                incarnation: record.incarnation,
+                grant: lent.to.grant,
+                fate: Fate::Revoked,
+            });
+        }
+        info!(volume = %record.id, ?event, "journal");
+        let after =
+            record.after(event).map_err(|error| ServiceError::Internal(error.to_string()))?;
+        self.put(slot, work, after, stones).await
+    }
+
+    /// Journals a record.
+    pub async fn put(
+        &self,
+        slot: &Slot,
+        work: &mut Work,
+        record: Record,
+        stones: Vec<Tombstone>,
+    ) -> Result<(), ServiceError> {
+        self.store_put(&record, &stones)?;
+        work.record = Some(record);
+        self.publish(slot, work, None);
+        Ok(())
+    }
+
+    fn store_put(&self, record: &Record, stones: &[Tombstone]) -> Result<(), StoreError> {
+        tokio::task::block_in_place(|| self.store.put(record, stones))
+    }
+
+    async fn forget(
+        &self,
+        slot: &Slot,
+        work: &mut Work,
+        record: &Record,
+    ) -> Result<(), ServiceError> {
+        info!(volume = %record.id, "gone");
+        let stones = record.epitaphs();
+        tokio::task::block_in_place(|| self.store.forget(record.id, &stones))?;
+        work.record = None;
+        self.publish(slot, work, None);
+        Ok(())
+    }
+
+    /// Asks the other node; the answer is an event.
+    async fn ask(
+        &self,
+        slot: &Slot,
+        work: &mut Work,
+        record: &Record,
+        call: Call,
+    ) -> Result<Event, ServiceError> {
+        let boot = self.kernel.boot();
+        match (call, &record.phase) {
+            (Call::Fence, Phase::Receiving(receiving)) => {
+                let (peer, claim) = source_of(record, receiving);
+                match self.peers.fence(&peer, record.id, &claim).await {
+                    Ok(size) if size == record.size.bytes() => Ok(Event::SourceFenced),
+                    Ok(size) => Err(ServiceError::SizeMismatch {
+                        source_bytes: size,
+                        here: record.size.bytes(),
+                    }),
+                    Err(error @ PeerError::Refused { .. }) => {
+                        self.journal(slot, work, Event::SourceRefused).await?;
+                        Err(error.into())
+                    }
+                    Err(error) => Err(error.into()),
+                }
+            }
+            (Call::Release, Phase::Receiving(receiving)) => {
+                let (peer, claim) = source_of(record, receiving);
+                match self.peers.release(&peer, record.id, &claim).await {
+                    Ok(()) => Ok(Event::SourceReleased),
+                    Err(error) if is_over(&error) => {
+                        warn!(volume = %record.id, %error, "the source has no such grant any more");
+                        Ok(Event::SourceReleased)
+                    }
+                    Err(error) => Err(error.into()),
+                }
+            }
+            (Call::QueryGrant, Phase::Local | Phase::Lent(_)) => {
+                let Some(borrower) = &record.lent_before else {
+                    return Ok(Event::Confirmed(boot));
+                };
+                let claim = Claim {
+                    grant: borrower.grant,
+                    incarnation: record.incarnation,
+                    generation: record.generation,
+                };
+                match self.peers.query(&Peer::from(borrower), record.id, &claim).await? {
+                    false => Ok(Event::Confirmed(boot)),
+                    true => {
+                        Err(Refusal::VolumeFenced { id: record.id, node: borrower.node.clone() }
+                            .into())
+                    }
+                }
+            }
+            (call, phase) => {
+                Err(ServiceError::Internal(format!("{call:?} makes no sense in {phase:?}")))
+            }
+        }
+    }
+
+    /// Tells the source that its grant is not used.
+    async fn withdraw(&self, record: &Record) -> Result<(), ServiceError> {
+        let Some(receiving) = record.receiving() else { return Ok(()) };
+        let (peer, claim) = source_of(record, receiving);
+        match self.peers.revoke(&peer, record.id, &claim).await {
+            Ok(()) => Ok(()),
+            Err(error) if is_over(&error) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn publish(&self, slot: &Slot, work: &Work, seen: Option<Seen>) {
+        let view = work.record.as_ref().map(|record| {
+            let seen = seen.or_else(|| slot.view.borrow().as_ref().and_then(|v| v.seen.clone()));
+            View {
+                record: record.clone(),
+                seen,
+                detail: work.detail.clone(),
+                rate: work.progress.rate(),
+                stalled_since: work.progress.stalled_since(),
+            }
+        });
+        slot.view.send_replace(view);
+        // Nobody listening is fine.
+        let _ = self.changes.send(slot.id);
+    }
+
+    /// The handle of a volume, with or without a record.
+    ///
+    /// # Errors
+    /// Device-mapper cannot be asked.
+    pub async fn handle(&self, id: VolumeId) -> Result<Option<Device>, ServiceError> {
+        let kernel = Arc::clone(&self.kernel);
+        tokio::task::spawn_blocking(move || kernel.handle(id))
+            .await?
+            .map_err(|source| ServiceError::Step { step: "look".into(), source })
+    }
+
+    /// The tombstone of a grant.
+    ///
+    /// # Errors
+    /// The journal cannot be read.
+    pub fn tombstone(&self, grant: Uuid) -> Result<Option<Tombstone>, ServiceError> {
+        Ok(tokio::task::block_in_place(|| self.store.tombstone(grant))?)
+    }
+}
+
+impl Slot {
+    fn new(id: VolumeId) -> Self {
+        Self {
+            id,
+            work: tokio::sync::Mutex::default(),
+            view: watch::Sender::new(None),
+            nudge: Notify::new(),
+        }
+    }
+}
+
+impl View {
+    fn new(record: &Record) -> Self {
+        Self {
+            record: record.clone(),
+            seen: None,
+            detail: String::new(),
+            rate: None,
+            stalled_since: None,
+        }
+    }
+}
+
+fn source_of(record: &Record, receiving: &dmlocal_model::volume::Receiving) -> (Peer, Claim) {
+    let source = &receiving.source;
+    let peer = Peer { node: source.node.clone(), endpoint: source.endpoint.clone() };
+    let claim = Claim {
+        grant: source.grant,
+        incarnation: record.incarnation,
+        generation: source.generation,
+    };
+    (peer, claim)
+}
+
+/// The other side knows of no such grant: there is nothing left to end.
+fn is_over(error: &PeerError) -> bool {
+    matches!(error, PeerError::Refused { reason, .. }
+        if reason == "GRANT_UNKNOWN" || reason == "VOLUME_NOT_FOUND")
+}
+
+/// The step's name without its arguments.
+fn name_of(step: &Step) -> String {
+    let text = format!("{step:?}");
+    text.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default().to_owned()
+}
+
+fn describe(record: &Record, rest: Rest) -> String {
+    if let Some(failure) = record.receiving().and_then(|receiving| receiving.failure.as_ref()) {
+        return failure.why.clone();
+    }
+    match rest {
+        Rest::Wait(Wait::Pool) => "the pool's logical volumes are not active".to_owned(),
+        Rest::Wait(Wait::Source) => {
+            let node = record.receiving().map_or("", |receiving| receiving.source.node.as_str());
+            format!("source {node} does not answer")
+        }
+        Rest::Wait(Wait::Operator) => "a device is not as the journal says".to_owned(),
+        Rest::Wait(Wait::Hydration) if record.tuning.paused => "paused".to_owned(),
+        Rest::Settled | Rest::Gone | Rest::Wait(_) => String::new(),
+    }
+}

@@ -1,0 +1,234 @@
+//! Messages to domain values and back. Nothing is decided here.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use dmlocal_model::{
+    admit::{Claim, Offer, Refusal},
+    hydration,
+    name::{DmName, Generation, Role, VolumeId, canonical_uuid},
+    table::CloneStatus,
+    volume::{ExportName, LentStage, Phase, ReceivingStage, Record, Source},
+};
+use dmlocal_proto::{API_VERSION, OLDEST_API_VERSION, v1};
+use uuid::Uuid;
+
+use crate::{
+    reconcile::{ServiceError, View},
+    service::bytes_left,
+};
+
+/// Longest endpoint, node name or NQN that is taken from a caller (NVMe base
+/// specification 2.0, 4.5: an NQN has at most 223 bytes).
+const MAX_TEXT: usize = 253;
+
+pub(super) fn volume_id(text: &str) -> Result<VolumeId, ServiceError> {
+    text.parse()
+        .map_err(|error: dmlocal_model::name::InvalidId| ServiceError::Id(error.to_string()))
+}
+
+pub(super) fn uuid(field: &'static str, text: &str) -> Result<Uuid, ServiceError> {
+    canonical_uuid(text)
+        .map_err(|error| ServiceError::Argument { field, problem: error.to_string() })
+}
+
+/// Text from a caller that ends up in the kernel's option strings: nothing that
+/// could end one option and begin another.
+pub(super) fn word(field: &'static str, text: &str) -> Result<String, ServiceError> {
+    let plain = |byte: u8| byte.is_ascii_graphic() && !b",'\"\\".contains(&byte);
+    if text.is_empty() || text.len() > MAX_TEXT || !text.bytes().all(plain) {
+        return Err(ServiceError::Argument {
+            field,
+            problem: format!("must be 1 to {MAX_TEXT} printable characters without `,`"),
+        });
+    }
+    Ok(text.to_owned())
+}
+
+/// URL of an agent.
+pub(super) fn endpoint(field: &'static str, text: &str) -> Result<String, ServiceError> {
+    let text = word(field, text)?;
+    if text.starts_with("https://") {
+        return Ok(text);
+    }
+    Err(ServiceError::Argument { field, problem: "must be an https:// URL".into() })
+}
+
+pub(super) fn claim(
+    grant: &str,
+    incarnation: &str,
+    generation: u64,
+) -> Result<Claim, ServiceError> {
+    Ok(Claim {
+        grant: uuid("grant_id", grant)?,
+        incarnation: uuid("incarnation", incarnation)?,
+        generation: Generation(generation),
+    })
+}
+
+pub(super) fn grant(record: &Record, node: &str, endpoint: &str) -> Option<v1::Grant> {
+    let lent = record.lent()?;
+    Some(v1::Grant {
+        id: lent.to.grant.to_string(),
+        volume_id: record.id.to_string(),
+        incarnation: record.incarnation.to_string(),
+        generation: record.generation.0,
+        size_bytes: record.size.bytes(),
+        logical_block_size: record.logical_block_size,
+        source_node: node.to_owned(),
+        source_endpoint: endpoint.to_owned(),
+        node: lent.to.node.clone(),
+        hold: lent.hold,
+        address: lent.export.address.clone(),
+        port: u32::from(lent.export.port),
+        subsystem_nqn: lent.export.subsystem_nqn.clone(),
+        namespace_uuid: lent.export.namespace_uuid.to_string(),
+        namespace_nguid: lent.export.namespace_nguid.to_string(),
+        api_version: API_VERSION,
+        oldest_api_version: OLDEST_API_VERSION,
+    })
+}
+
+/// What a grant offers to this node.
+///
+/// # Errors
+/// It is malformed, was given to another node, or comes from one whose interface
+/// this node does not speak.
+pub(super) fn offer(grant: v1::Grant, this_node: &str) -> Result<Offer, ServiceError> {
+    let id = uuid("grant.id", &grant.id)?;
+    if grant.api_version < OLDEST_API_VERSION || grant.oldest_api_version > API_VERSION {
+        return Err(Refusal::PeerVersion {
+            oldest: grant.oldest_api_version,
+            newest: grant.api_version,
+            ours: format!("{OLDEST_API_VERSION} to {API_VERSION}"),
+        }
+        .into());
+    }
+    if grant.node != this_node {
+        return Err(Refusal::GrantUnknown(id).into());
+    }
+    let argument =
+        |field, problem: &str| ServiceError::Argument { field, problem: problem.to_owned() };
+    let address = word("grant.address", &grant.address)?;
+    address
+        .parse::<std::net::IpAddr>()
+        .map_err(|_| argument("grant.address", "must be an IP address"))?;
+    let port = u16::try_from(grant.port)
+        .ok()
+        .filter(|port| *port > 0)
+        .ok_or_else(|| argument("grant.port", "must be a TCP port"))?;
+    if grant.generation == 0 {
+        return Err(argument("grant.generation", "must be at least 1"));
+    }
+    Ok(Offer {
+        id: volume_id(&grant.volume_id)?,
+        incarnation: uuid("grant.incarnation", &grant.incarnation)?,
+        size: grant.size_bytes,
+        logical_block_size: grant.logical_block_size,
+        source: Source {
+            grant: id,
+            node: word("grant.source_node", &grant.source_node)?,
+            endpoint: endpoint("grant.source_endpoint", &grant.source_endpoint)?,
+            generation: Generation(grant.generation),
+            hold: grant.hold,
+            export: ExportName {
+                subsystem_nqn: word("grant.subsystem_nqn", &grant.subsystem_nqn)?,
+                namespace_uuid: uuid("grant.namespace_uuid", &grant.namespace_uuid)?,
+                namespace_nguid: uuid("grant.namespace_nguid", &grant.namespace_nguid)?,
+                address,
+                port,
+            },
+        },
+    })
+}
+
+fn state(view: &View) -> v1::VolumeState {
+    use v1::VolumeState as S;
+    match &view.record.phase {
+        Phase::Creating | Phase::Local => S::Local,
+        Phase::Deleting => S::Releasing,
+        Phase::Lent(lent) => match lent.stage {
+            LentStage::Published | LentStage::Revoking => S::Published,
+            LentStage::Fencing | LentStage::Fenced => S::Fenced,
+            LentStage::Releasing => S::Releasing,
+        },
+        Phase::Receiving(receiving) => match receiving.stage {
+            _ if receiving.failure.is_some() => S::Failed,
+            ReceivingStage::Allocating
+            | ReceivingStage::Zeroing
+            | ReceivingStage::Assembling
+            | ReceivingStage::Held
+            | ReceivingStage::Switching => S::Held,
+            ReceivingStage::Hydrating if view.stalled_since.is_some() => S::Stalled,
+            ReceivingStage::Hydrating => S::Hydrating,
+            ReceivingStage::Collapsing | ReceivingStage::Parting => S::Collapsing,
+            ReceivingStage::Aborting | ReceivingStage::Withdrawing => S::Releasing,
+        },
+    }
+}
+
+/// A volume as callers see it.
+pub(super) fn volume(view: &View) -> v1::Volume {
+    let record = &view.record;
+    let receiving = record.receiving();
+    let lent = record.lent();
+    let bytes_left = bytes_left(view);
+    let percent = receiving.map(|receiving| {
+        let total = hydration::regions(record.size, receiving.region);
+        let here = match view.seen.as_ref().and_then(|seen| seen.clone_status.as_ref()) {
+            _ if bytes_left == Some(0) => total,
+            Some(CloneStatus::Working { hydrated, .. }) => *hydrated,
+            Some(CloneStatus::Failed) | None => receiving.floor,
+        };
+        #[expect(clippy::cast_precision_loss, reason = "a share to show")]
+        let share = 100.0 * here as f64 / total.max(1) as f64;
+        (share * 100.0).floor() / 100.0
+    });
+    let rate = receiving.and(view.rate);
+    let eta = match (bytes_left, rate) {
+        (Some(left), Some(rate)) if rate > 0 => Some(left.div_ceil(rate)),
+        _ => None,
+    };
+    let here = view.seen.as_ref().is_some_and(|seen| {
+        seen.handle.as_ref().is_some_and(|handle| handle.table.is_some() && !handle.leaving)
+    });
+    v1::Volume {
+        id: record.id.to_string(),
+        size_bytes: record.size.bytes(),
+        state: state(view) as i32,
+        attached: record.attached,
+        device_path: (record.attached && here)
+            .then(|| DmName::new(record.id, record.generation, Role::Handle).path()),
+        percent,
+        bytes_left,
+        rate_bytes_per_s: rate,
+        eta_s: eta,
+        source_node: receiving.map(|receiving| receiving.source.node.clone()),
+        generation: record.generation.0,
+        detail: view.detail.clone(),
+        pool: record.pool.clone(),
+        logical_block_size: record.logical_block_size,
+        grant_id: receiving
+            .map(|receiving| receiving.source.grant)
+            .or_else(|| lent.map(|lent| lent.to.grant))
+            .map(|grant| grant.to_string()),
+        peer_node: lent.map(|lent| lent.to.node.clone()),
+        incarnation: record.incarnation.to_string(),
+        region_bytes: receiving.map(|receiving| receiving.region.bytes()),
+        hydration: receiving.map(|_| v1::Hydration {
+            paused: record.tuning.paused,
+            rate_bytes_per_s: record.tuning.rate,
+            threshold: record.tuning.threshold,
+            batch: record.tuning.batch,
+        }),
+        stalled_since_s: view.stalled_since.map(seconds),
+        held_writes: receiving
+            .filter(|receiving| {
+                matches!(receiving.stage, ReceivingStage::Held | ReceivingStage::Switching)
+            })
+            .map(|_| view.seen.as_ref().map_or(0, |seen| seen.held)),
+    }
+}
+
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

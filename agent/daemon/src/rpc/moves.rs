@@ -1,0 +1,173 @@
+//! The Moves service.
+
+use dmlocal_model::{admit::Change, volume::Borrower};
+use dmlocal_proto::v1;
+use tonic::{Request, Response, Status, async_trait};
+
+use super::{
+    Face,
+    auth::{Caller, Role},
+    convert,
+    status::status,
+};
+use crate::reconcile::ServiceError;
+
+const ROLES: [Role; 2] = [Role::Driver, Role::Operator];
+
+impl Face {
+    async fn tuned(&self, id: &str, change: Change) -> Result<Response<v1::Volume>, Status> {
+        let id = convert::volume_id(id).map_err(status)?;
+        let view = self.service.tune(id, change).await.map_err(status)?;
+        Ok(Response::new(convert::volume(&view)))
+    }
+}
+
+#[async_trait]
+impl v1::moves_server::Moves for Face {
+    async fn grant(
+        &self,
+        request: Request<v1::GrantRequest>,
+    ) -> Result<Response<v1::Grant>, Status> {
+        Caller::of(&request)?.must_be(&ROLES)?;
+        let request = request.into_inner();
+        let id = convert::volume_id(&request.id).map_err(status)?;
+        let to = Borrower {
+            grant: convert::uuid("grant_id", &request.grant_id).map_err(status)?,
+            node: convert::word("node", &request.node).map_err(status)?,
+            endpoint: convert::endpoint("endpoint", &request.endpoint).map_err(status)?,
+        };
+        let host_nqn = convert::word("host_nqn", &request.host_nqn).map_err(status)?;
+        let config = &self.service.volumes.config;
+        let Some(endpoint) = &config.listen.advertise else {
+            return Err(status(ServiceError::Argument {
+                field: "listen.advertise",
+                problem: "is not configured here: no other node could reach this one".into(),
+            }));
+        };
+        let granted = self.service.grant(id, to, host_nqn, request.hold).await.map_err(status)?;
+        let grant = convert::grant(&granted.record, &config.node, endpoint)
+            .ok_or_else(|| status(ServiceError::Internal("the grant is gone".into())))?;
+        Ok(Response::new(grant))
+    }
+
+    async fn receive(
+        &self,
+        request: Request<v1::ReceiveRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        Caller::of(&request)?.must_be(&ROLES)?;
+        let request = request.into_inner();
+        let grant = request.grant.ok_or_else(|| {
+            status(ServiceError::Argument { field: "grant", problem: "is missing".into() })
+        })?;
+        let node = &self.service.volumes.config.node;
+        let offer = convert::offer(grant, node).map_err(status)?;
+        let view = self.service.receive(offer, &request.pool).await.map_err(status)?;
+        Ok(Response::new(convert::volume(&view)))
+    }
+
+    async fn switch(
+        &self,
+        request: Request<v1::SwitchRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        Caller::of(&request)?.must_be(&ROLES)?;
+        let id = convert::volume_id(&request.into_inner().id).map_err(status)?;
+        let view = self.service.switch(id).await.map_err(status)?;
+        Ok(Response::new(convert::volume(&view)))
+    }
+
+    async fn abort(
+        &self,
+        request: Request<v1::AbortRequest>,
+    ) -> Result<Response<v1::AbortResponse>, Status> {
+        Caller::of(&request)?.must_be(&ROLES)?;
+        let id = convert::volume_id(&request.into_inner().id).map_err(status)?;
+        self.service.abort(id).await.map_err(status)?;
+        Ok(Response::new(v1::AbortResponse {}))
+    }
+
+    async fn pause_hydration(
+        &self,
+        request: Request<v1::PauseHydrationRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        Caller::of(&request)?.must_be(&ROLES)?;
+        let change = Change { paused: Some(true), ..Change::default() };
+        self.tuned(&request.into_inner().id, change).await
+    }
+
+    async fn resume_hydration(
+        &self,
+        request: Request<v1::ResumeHydrationRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        Caller::of(&request)?.must_be(&ROLES)?;
+        let change = Change { paused: Some(false), ..Change::default() };
+        self.tuned(&request.into_inner().id, change).await
+    }
+
+    async fn tune_hydration(
+        &self,
+        request: Request<v1::TuneHydrationRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        Caller::of(&request)?.must_be(&ROLES)?;
+        let request = request.into_inner();
+        let change = Change {
+            paused: None,
+            rate: request.rate_bytes_per_s,
+            threshold: request.threshold,
+            batch: request.batch,
+        };
+        self.tuned(&request.id, change).await
+    }
+
+    async fn fence(
+        &self,
+        request: Request<v1::FenceRequest>,
+    ) -> Result<Response<v1::FenceResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let node = caller.acting_for(&[Role::Operator])?;
+        let request = request.into_inner();
+        let id = convert::volume_id(&request.volume_id).map_err(status)?;
+        let claim = convert::claim(&request.grant_id, &request.incarnation, request.generation)
+            .map_err(status)?;
+        let size_bytes = self.service.fence(id, &claim, node).await.map_err(status)?;
+        Ok(Response::new(v1::FenceResponse { size_bytes }))
+    }
+
+    async fn release(
+        &self,
+        request: Request<v1::ReleaseRequest>,
+    ) -> Result<Response<v1::ReleaseResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let node = caller.acting_for(&[])?;
+        let request = request.into_inner();
+        let id = convert::volume_id(&request.volume_id).map_err(status)?;
+        let claim = convert::claim(&request.grant_id, &request.incarnation, request.generation)
+            .map_err(status)?;
+        self.service.release(id, &claim, node).await.map_err(status)?;
+        Ok(Response::new(v1::ReleaseResponse {}))
+    }
+
+    async fn revoke(
+        &self,
+        request: Request<v1::RevokeRequest>,
+    ) -> Result<Response<v1::RevokeResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let node = caller.acting_for(&ROLES)?;
+        let request = request.into_inner();
+        let id = convert::volume_id(&request.volume_id).map_err(status)?;
+        let grant = convert::uuid("grant_id", &request.grant_id).map_err(status)?;
+        self.service.revoke(id, grant, node).await.map_err(status)?;
+        Ok(Response::new(v1::RevokeResponse {}))
+    }
+
+    async fn query_grant(
+        &self,
+        request: Request<v1::QueryGrantRequest>,
+    ) -> Result<Response<v1::QueryGrantResponse>, Status> {
+        Caller::of(&request)?.must_be(&[Role::Agent, Role::Operator])?;
+        let request = request.into_inner();
+        let id = convert::volume_id(&request.volume_id).map_err(status)?;
+        let grant = convert::uuid("grant_id", &request.grant_id).map_err(status)?;
+        let taken = self.service.has_taken(id, grant).map_err(status)?;
+        Ok(Response::new(v1::QueryGrantResponse { taken }))
+    }
+}

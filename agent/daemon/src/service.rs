@@ -1,0 +1,679 @@
+//! Requests: admit, journal, converge, and undo what a failed one had begun.
+
+use std::sync::Arc;
+
+use dmlocal_model::{
+    admit::{self, Admitted, Change, Claim, GrantRequest, Offer, PoolRoom, Refusal},
+    hydration,
+    name::{Generation, NQN_PREFIX, VolumeId},
+    plan::Device,
+    table::CloneStatus,
+    volume::{Borrower, Event, ExportName, Record, Tombstone},
+};
+use tokio::sync::Mutex;
+use uuid::Uuid;
+
+use crate::{
+    kernel::{PoolFacts, StepError},
+    peers::Peer,
+    reconcile::{Rest, ServiceError, Slot, View, Volumes, Work},
+};
+
+/// What is needed before a volume can be received.
+const RECEIVE_TARGETS: [&str; 4] = ["clone", "delay", "multipath", "linear"];
+
+/// What is needed before a volume can be offered.
+const GRANT_TARGETS: [&str; 3] = ["flakey", "error", "linear"];
+
+/// A node's interface in its own words.
+pub struct Service {
+    /// The volumes.
+    pub volumes: Arc<Volumes>,
+    /// One placement at a time, so that no room is promised twice.
+    placement: Mutex<()>,
+    /// Device-mapper targets of this kernel, as `name major.minor.patch`.
+    pub targets: Vec<String>,
+}
+
+/// A grant and the volume it is for.
+#[derive(Debug, Clone)]
+pub struct Granted {
+    /// The record at the source.
+    pub record: Record,
+}
+
+/// Where room must be.
+enum Room<'a> {
+    /// No matter.
+    None,
+    /// In this pool, before there is a record.
+    In(&'a str),
+    /// In the record's pool.
+    OfRecord,
+}
+
+/// What an admission may look at.
+struct Known<'a> {
+    record: Option<&'a Record>,
+    handle: Option<Device>,
+    room: Option<PoolRoom>,
+}
+
+impl Known<'_> {
+    fn record(&self, id: VolumeId) -> Result<&Record, Refusal> {
+        self.record.ok_or(Refusal::VolumeNotFound(id))
+    }
+
+    fn room(&self) -> Result<&PoolRoom, Refusal> {
+        self.room.as_ref().ok_or_else(|| Refusal::PoolNotFound(String::new()))
+    }
+}
+
+impl Service {
+    /// Asks the kernel for its targets once.
+    ///
+    /// # Errors
+    /// Device-mapper cannot be asked.
+    pub async fn new(volumes: Arc<Volumes>) -> Result<Self, ServiceError> {
+        let kernel = Arc::clone(&volumes.kernel);
+        let targets = tokio::task::spawn_blocking(move || kernel.targets())
+            .await?
+            .map_err(|source| ServiceError::Step { step: "targets".into(), source })?;
+        Ok(Self { volumes, placement: Mutex::default(), targets })
+    }
+
+    /// Creates a blank volume.
+    ///
+    /// # Errors
+    /// See [`admit::create`]; what was begun is undone.
+    pub async fn create(&self, id: VolumeId, size: u64, pool: &str) -> Result<View, ServiceError> {
+        let pool = self.pool_name(pool)?;
+        self.volumes
+            .with(id, async |slot, work| {
+                self.change(id, slot, work, Room::In(&pool), |known| {
+                    if known.handle.is_some() && known.record.is_none() {
+                        return Err(left_over(id));
+                    }
+                    admit::create(known.record, id, size, known.room()?, Uuid::new_v4())
+                })
+                .await?;
+                let outcome = self.volumes.converge(slot, work).await;
+                self.undo(slot, work, outcome, Event::DeleteAsked).await
+            })
+            .await
+    }
+
+    /// Deletes a volume; one that is not there is deleted already.
+    ///
+    /// # Errors
+    /// See [`admit::delete`].
+    pub async fn delete(&self, id: VolumeId) -> Result<(), ServiceError> {
+        self.volumes
+            .with(id, async |slot, work| {
+                if work.record.is_none() {
+                    return Ok(());
+                }
+                self.change(id, slot, work, Room::None, |known| {
+                    admit::delete(known.record(id)?, known.handle.as_ref())
+                })
+                .await?;
+                self.volumes.converge(slot, work).await.map(|_| ())
+            })
+            .await
+    }
+
+    /// Grows a volume.
+    ///
+    /// # Errors
+    /// See [`admit::extend`].
+    pub async fn extend(&self, id: VolumeId, size: u64) -> Result<View, ServiceError> {
+        self.volumes
+            .with(id, async |slot, work| {
+                self.change(id, slot, work, Room::OfRecord, |known| {
+                    admit::extend(known.record(id)?, size, known.room()?)
+                })
+                .await?;
+                let outcome = self.volumes.converge(slot, work).await;
+                if let Err(cause) = outcome {
+                    // The LV may or may not have grown; a volume is as large as
+                    // its record says.
+                    if let Some(record) = work.record.clone().filter(|r| r.growing.is_some()) {
+                        let shrunk = Record { growing: None, ..record };
+                        self.volumes.put(slot, work, shrunk, Vec::new()).await?;
+                    }
+                    return Err(cause);
+                }
+                self.shown(id)
+            })
+            .await
+    }
+
+    /// Makes the handle exist.
+    ///
+    /// # Errors
+    /// See [`admit::attach`].
+    pub async fn attach(
+        &self,
+        id: VolumeId,
+        generation: Option<Generation>,
+    ) -> Result<View, ServiceError> {
+        let boot = self.volumes.kernel.boot();
+        self.volumes
+            .with(id, async |slot, work| {
+                let before = work.record.clone();
+                self.change(id, slot, work, Room::None, |known| {
+                    admit::attach(known.record(id)?, generation, known.handle.as_ref(), boot)
+                })
+                .await?;
+                let outcome = self.volumes.converge(slot, work).await;
+                self.restore(slot, work, outcome, before).await?;
+                self.shown(id)
+            })
+            .await
+    }
+
+    /// Removes the handle.
+    ///
+    /// # Errors
+    /// See [`admit::detach`].
+    pub async fn detach(&self, id: VolumeId) -> Result<View, ServiceError> {
+        self.volumes
+            .with(id, async |slot, work| {
+                let before = work.record.clone();
+                self.change(id, slot, work, Room::None, |known| {
+                    admit::detach(known.record(id)?, known.handle.as_ref())
+                })
+                .await?;
+                match self.volumes.converge(slot, work).await {
+                    Err(ServiceError::Step { source: StepError::Busy(path), .. }) => {
+                        let refusal = Refusal::HandleInUse { path }.into();
+                        self.restore(slot, work, Err(refusal), before).await?;
+                    }
+                    // The handle is gone; what else failed is tried again.
+                    Ok(_) | Err(_) => {}
+                }
+                self.shown(id)
+            })
+            .await
+    }
+
+    /// Offers a volume to a peer.
+    ///
+    /// # Errors
+    /// See [`admit::grant`]; what was begun is undone.
+    pub async fn grant(
+        &self,
+        id: VolumeId,
+        to: Borrower,
+        host_nqn: String,
+        hold: bool,
+    ) -> Result<Granted, ServiceError> {
+        self.needs(&GRANT_TARGETS)?;
+        let boot = self.volumes.kernel.boot();
+        let spent = self.volumes.tombstone(to.grant)?;
+        let node = self.volumes.config.node.clone();
+        self.volumes
+            .with(id, async |slot, work| {
+                // Ports are given out under this lock, and to the journal.
+                let placing = self.placement.lock().await;
+                let request = GrantRequest { to, host_nqn, hold, export: self.new_export() };
+                self.change(id, slot, work, Room::None, |known| {
+                    admit::grant(known.record(id)?, request, &node, boot, spent.as_ref())
+                })
+                .await?;
+                drop(placing);
+                let outcome = self.volumes.converge(slot, work).await;
+                self.undo(slot, work, outcome, Event::RevokeAsked).await?;
+                let record = work.record.clone().ok_or(Refusal::VolumeNotFound(id))?;
+                Ok(Granted { record })
+            })
+            .await
+    }
+
+    /// Receives a volume and attaches it.
+    ///
+    /// # Errors
+    /// See [`admit::receive`]; what was begun is undone.
+    pub async fn receive(&self, offer: Offer, pool: &str) -> Result<View, ServiceError> {
+        self.needs(&RECEIVE_TARGETS)?;
+        let pool = self.pool_name(pool)?;
+        let id = offer.id;
+        let spent = self.volumes.tombstone(offer.source.grant)?;
+        let node = self.volumes.config.node.clone();
+        let peer =
+            Peer { node: offer.source.node.clone(), endpoint: offer.source.endpoint.clone() };
+        self.volumes
+            .with(id, async |slot, work| {
+                self.change(id, slot, work, Room::In(&pool), |known| {
+                    let handle = known.handle.as_ref();
+                    admit::receive(
+                        known.record,
+                        offer,
+                        known.room()?,
+                        handle,
+                        &node,
+                        spent.as_ref(),
+                    )
+                })
+                .await?;
+                // The fence comes soon: the connection can be made meanwhile.
+                let peers = Arc::clone(&self.volumes.peers);
+                tokio::spawn(async move { peers.prepare(&peer).await });
+                let outcome = self.volumes.converge(slot, work).await;
+                self.undo(slot, work, outcome, Event::AbortAsked).await
+            })
+            .await
+    }
+
+    /// The guest has moved here: fence the source, then hydrate.
+    ///
+    /// # Errors
+    /// See [`admit::switch`]; when the source does not answer, the switch goes
+    /// on by itself as soon as it does.
+    pub async fn switch(&self, id: VolumeId) -> Result<View, ServiceError> {
+        self.volumes
+            .with(id, async |slot, work| {
+                self.change(id, slot, work, Room::None, |known| admit::switch(known.record(id)?))
+                    .await?;
+                self.volumes.converge(slot, work).await?;
+                self.shown(id)
+            })
+            .await
+    }
+
+    /// Gives a move up.
+    ///
+    /// # Errors
+    /// See [`admit::abort`].
+    pub async fn abort(&self, id: VolumeId) -> Result<(), ServiceError> {
+        self.volumes
+            .with(id, async |slot, work| {
+                let record = work.record.clone().ok_or(Refusal::VolumeNotFound(id))?;
+                let kernel = Arc::clone(&self.volumes.kernel);
+                // Nobody else acts while the lock is held: what is counted here
+                // is what the decision stands on, and whatever comes later
+                // fails instead of being acknowledged.
+                let held = tokio::task::spawn_blocking(move || kernel.held(&record))
+                    .await?
+                    .map_err(|source| ServiceError::Step { step: "look".into(), source })?;
+                self.change(id, slot, work, Room::None, |known| {
+                    admit::abort(known.record(id)?, held)
+                })
+                .await?;
+                self.volumes.converge(slot, work).await.map(|_| ())
+            })
+            .await
+    }
+
+    /// Changes how a volume is copied.
+    ///
+    /// # Errors
+    /// See [`admit::tune`].
+    pub async fn tune(&self, id: VolumeId, change: Change) -> Result<View, ServiceError> {
+        self.volumes
+            .with(id, async |slot, work| {
+                self.change(id, slot, work, Room::None, |known| {
+                    admit::tune(known.record(id)?, change)
+                })
+                .await?;
+                self.volumes.converge(slot, work).await?;
+                self.shown(id)
+            })
+            .await
+    }
+
+    /// Ends writing here, for the grant's holder. Returns the size in bytes.
+    ///
+    /// # Errors
+    /// See [`admit::fence`].
+    pub async fn fence(
+        &self,
+        id: VolumeId,
+        claim: &Claim,
+        caller: Option<&str>,
+    ) -> Result<u64, ServiceError> {
+        self.volumes
+            .with(id, async |slot, work| {
+                self.change(id, slot, work, Room::None, |known| {
+                    let record = known.record.ok_or(Refusal::GrantUnknown(claim.grant))?;
+                    borrowed_by(record, claim.grant, caller)?;
+                    admit::fence(record, claim)
+                })
+                .await?;
+                self.volumes.converge(slot, work).await?;
+                let record = work.record.as_ref().ok_or(Refusal::GrantUnknown(claim.grant))?;
+                Ok(record.size.bytes())
+            })
+            .await
+    }
+
+    /// Lets this copy go, for the grant's holder.
+    ///
+    /// # Errors
+    /// See [`admit::release`].
+    pub async fn release(
+        &self,
+        id: VolumeId,
+        claim: &Claim,
+        caller: Option<&str>,
+    ) -> Result<(), ServiceError> {
+        let stone = self.volumes.tombstone(claim.grant)?;
+        self.volumes
+            .with(id, async |slot, work| {
+                if is_done(&stone, id, work) {
+                    return Ok(());
+                }
+                self.change(id, slot, work, Room::None, |known| {
+                    let record = known.record.ok_or(Refusal::GrantUnknown(claim.grant))?;
+                    borrowed_by(record, claim.grant, caller)?;
+                    admit::release(record, claim)
+                })
+                .await?;
+                self.volumes.converge(slot, work).await.map(|_| ())
+            })
+            .await
+    }
+
+    /// Withdraws a grant that is not fenced.
+    ///
+    /// # Errors
+    /// See [`admit::revoke`].
+    pub async fn revoke(
+        &self,
+        id: VolumeId,
+        grant: Uuid,
+        caller: Option<&str>,
+    ) -> Result<(), ServiceError> {
+        let stone = self.volumes.tombstone(grant)?;
+        self.volumes
+            .with(id, async |slot, work| {
+                if is_done(&stone, id, work) {
+                    return Ok(());
+                }
+                self.change(id, slot, work, Room::None, |known| {
+                    let record = known.record.ok_or(Refusal::GrantUnknown(grant))?;
+                    borrowed_by(record, grant, caller)?;
+                    admit::revoke(record, grant)
+                })
+                .await?;
+                self.volumes.converge(slot, work).await.map(|_| ())
+            })
+            .await
+    }
+
+    /// Whether this node has taken the volume under the grant.
+    ///
+    /// # Errors
+    /// The journal cannot be read.
+    pub fn has_taken(&self, id: VolumeId, grant: Uuid) -> Result<bool, ServiceError> {
+        use dmlocal_model::volume::Fate;
+        let here = self.volumes.view(id).is_some_and(|view| view.record.has_taken(grant));
+        let stone = self.volumes.tombstone(grant)?;
+        Ok(here || stone.is_some_and(|stone| stone.fate == Fate::Taken))
+    }
+
+    /// Room in a pool as it stands.
+    ///
+    /// # Errors
+    /// The pool is not configured, not there, or not fit for use.
+    pub async fn room(&self, name: &str) -> Result<PoolRoom, ServiceError> {
+        let config =
+            self.volumes.config.pool(name).ok_or_else(|| Refusal::PoolNotFound(name.to_owned()))?;
+        let missing =
+            |why: &str| Refusal::PoolMissing { pool: config.name.clone(), why: why.into() };
+        let facts = self
+            .volumes
+            .pool_facts(&config.name, false)
+            .await
+            .map_err(|error| missing(&error.to_string()))?
+            .ok_or_else(|| missing("its volume group or thin pool is not there"))?;
+        if !facts.zeroes {
+            return Err(missing("the thin pool does not zero new blocks").into());
+        }
+        let free = self.free(&config.name, &facts, config.overprovisioning);
+        Ok(PoolRoom {
+            name: config.name.clone(),
+            logical_block_size: facts.logical_block_size,
+            chunk: facts.chunk,
+            free,
+            free_outside: facts.free_outside,
+        })
+    }
+
+    /// Bytes promised to volumes of a pool.
+    pub fn provisioned(&self, pool: &str) -> u64 {
+        self.volumes
+            .views()
+            .iter()
+            .filter(|view| view.record.pool == pool)
+            .map(|view| view.record.growing.unwrap_or(view.record.size).bytes())
+            .sum()
+    }
+
+    /// Bytes that may still be promised: what overprovisioning leaves, and never
+    /// what copies under way are going to fill.
+    pub fn free(&self, pool: &str, facts: &PoolFacts, overprovisioning: f64) -> u64 {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "a pool's size times at most 100 is far below 2^63, and positive"
+        )]
+        let promised = (facts.size as f64 * overprovisioning) as u64;
+        let unpromised = promised.saturating_sub(self.provisioned(pool));
+        let coming: u64 = self
+            .volumes
+            .views()
+            .iter()
+            .filter(|view| view.record.pool == pool)
+            .filter_map(bytes_left)
+            .sum();
+        let unused = facts.size.saturating_sub(facts.used).saturating_sub(coming);
+        unpromised.min(unused)
+    }
+
+    /// What an operator should know.
+    pub async fn warnings(&self) -> Vec<String> {
+        let mut warnings: Vec<String> = RECEIVE_TARGETS
+            .iter()
+            .chain(&GRANT_TARGETS)
+            .filter_map(|target| self.needs(&[target]).err())
+            .map(|refusal| refusal.to_string())
+            .collect();
+        warnings.dedup();
+        let config = &self.volumes.config;
+        if config.tls.is_none() || config.export.is_none() || config.listen.advertise.is_none() {
+            warnings.push(
+                "volumes cannot be moved: [tls], [export] or listen.advertise is missing".into(),
+            );
+        }
+        for pool in &config.pools {
+            let name = &pool.name;
+            match self.volumes.pool_facts(name, false).await {
+                Ok(Some(facts)) => {
+                    if !facts.zeroes {
+                        warnings.push(format!("pool {name}: new blocks are not zeroed"));
+                    }
+                    if !facts.errors_when_full {
+                        warnings.push(format!("pool {name}: when full, writes hang for a minute"));
+                    }
+                    if facts.size > 0 && facts.used >= facts.size / 10 * 9 {
+                        warnings.push(format!("pool {name}: more than 90 % is in use"));
+                    }
+                }
+                Ok(None) => {
+                    warnings.push(format!("pool {name}: volume group or thin pool is missing"));
+                }
+                Err(error) => warnings.push(format!("pool {name}: {error}")),
+            }
+        }
+        warnings
+    }
+
+    fn pool_name(&self, name: &str) -> Result<String, Refusal> {
+        let pool = self.volumes.config.pool(name);
+        Ok(pool.ok_or_else(|| Refusal::PoolNotFound(name.to_owned()))?.name.clone())
+    }
+
+    fn needs(&self, targets: &[&str]) -> Result<(), Refusal> {
+        let has =
+            |target: &str| self.targets.iter().any(|found| found.split(' ').next() == Some(target));
+        match targets.iter().find(|target| !has(target)) {
+            Some(target) => Err(Refusal::TargetMissing((*target).to_owned())),
+            None => Ok(()),
+        }
+    }
+
+    /// Identity and port of an export that is new; `None` when every port is
+    /// taken or exporting is not configured.
+    fn new_export(&self) -> Option<ExportName> {
+        let export = self.volumes.config.export.as_ref()?;
+        let taken: Vec<u16> = self
+            .volumes
+            .views()
+            .iter()
+            .filter_map(|view| view.record.lent().map(|lent| lent.export.port))
+            .collect();
+        let port = (export.ports.first..=export.ports.last).find(|port| !taken.contains(port))?;
+        Some(ExportName {
+            subsystem_nqn: format!("{NQN_PREFIX}{}", Uuid::new_v4()),
+            namespace_uuid: Uuid::new_v4(),
+            namespace_nguid: Uuid::new_v4(),
+            address: export.address.to_string(),
+            port,
+        })
+    }
+
+    /// Admits and journals; converging is the caller's next step.
+    async fn change(
+        &self,
+        id: VolumeId,
+        slot: &Slot,
+        work: &mut Work,
+        room: Room<'_>,
+        admit: impl FnOnce(&Known<'_>) -> Result<Admitted, Refusal>,
+    ) -> Result<(), ServiceError> {
+        let handle = self.volumes.handle(id).await?;
+        let pool = match room {
+            Room::None => None,
+            Room::In(pool) => Some(pool.to_owned()),
+            Room::OfRecord => work.record.as_ref().map(|record| record.pool.clone()),
+        };
+        let placing = match &pool {
+            Some(_) => Some(self.placement.lock().await),
+            None => None,
+        };
+        let room = match &pool {
+            Some(pool) => Some(self.room(pool).await?),
+            None => None,
+        };
+        let record = work.record.clone();
+        let admitted = admit(&Known { record: record.as_ref(), handle, room })?;
+        if let Admitted::Journal(record) = admitted {
+            self.volumes.put(slot, work, *record, Vec::new()).await?;
+        }
+        drop(placing);
+        Ok(())
+    }
+
+    /// After a failed creation, grant or receive: takes away what was begun.
+    async fn undo(
+        &self,
+        slot: &Slot,
+        work: &mut Work,
+        outcome: Result<Rest, ServiceError>,
+        event: Event,
+    ) -> Result<View, ServiceError> {
+        let Err(cause) = outcome else {
+            let view = work.record.as_ref().and_then(|record| self.volumes.view(record.id));
+            return view.ok_or_else(|| ServiceError::Internal("the volume is gone".into()));
+        };
+        let undoable =
+            work.record.clone().is_some_and(|record| record.after(event.clone()).is_ok());
+        if !undoable {
+            // Too late for that: it goes on by itself.
+            return Err(cause);
+        }
+        let undone = async {
+            self.volumes.journal(slot, work, event).await?;
+            self.volumes.converge(slot, work).await
+        };
+        match undone.await {
+            Ok(_) => Err(cause),
+            Err(undo) => Err(ServiceError::Undo { cause: Box::new(cause), undo: Box::new(undo) }),
+        }
+    }
+
+    /// After a failed attachment or detachment: says again what was said before.
+    async fn restore(
+        &self,
+        slot: &Slot,
+        work: &mut Work,
+        outcome: Result<Rest, ServiceError>,
+        before: Option<Record>,
+    ) -> Result<(), ServiceError> {
+        let Err(cause) = outcome else { return Ok(()) };
+        let (Some(before), Some(now)) = (before, work.record.clone()) else { return Err(cause) };
+        if now.attached != before.attached {
+            let restored = Record { attached: before.attached, ..now };
+            self.volumes.put(slot, work, restored, Vec::new()).await?;
+            if let Err(undo) = self.volumes.converge(slot, work).await {
+                return Err(ServiceError::Undo { cause: Box::new(cause), undo: Box::new(undo) });
+            }
+        }
+        Err(cause)
+    }
+
+    fn shown(&self, id: VolumeId) -> Result<View, ServiceError> {
+        Ok(self.volumes.view(id).ok_or(Refusal::VolumeNotFound(id))?)
+    }
+}
+
+/// Bytes that are still only at the source.
+pub fn bytes_left(view: &View) -> Option<u64> {
+    let receiving = view.record.receiving()?;
+    let size = view.record.size;
+    let status = view.seen.as_ref().and_then(|seen| seen.clone_status.as_ref());
+    use dmlocal_model::volume::ReceivingStage as S;
+    Some(match (receiving.stage, status) {
+        (S::Collapsing | S::Parting, _) => 0,
+        (_, Some(CloneStatus::Working { hydrated, total, .. })) => total
+            .saturating_sub(*hydrated)
+            .saturating_mul(receiving.region.bytes())
+            .min(size.bytes()),
+        (_, Some(CloneStatus::Failed) | None) => {
+            let missing =
+                hydration::regions(size, receiving.region).saturating_sub(receiving.floor);
+            missing.saturating_mul(receiving.region.bytes()).min(size.bytes())
+        }
+    })
+}
+
+fn left_over(id: VolumeId) -> Refusal {
+    use dmlocal_model::name::{DmName, Role};
+    Refusal::HandleInUse { path: DmName::new(id, Generation::FIRST, Role::Handle).path() }
+}
+
+/// A peer's agent may act on a grant only if it was given to its own node.
+fn borrowed_by(record: &Record, grant: Uuid, caller: Option<&str>) -> Result<(), Refusal> {
+    let Some(caller) = caller else { return Ok(()) };
+    match record.lent() {
+        Some(lent) if lent.to.grant == grant && lent.to.node == caller => Ok(()),
+        Some(_) | None => Err(Refusal::GrantUnknown(grant)),
+    }
+}
+
+/// A repeated call for something that is over.
+fn is_done(stone: &Option<Tombstone>, id: VolumeId, work: &Work) -> bool {
+    use dmlocal_model::volume::Fate;
+    let over = stone.as_ref().is_some_and(|stone| {
+        stone.volume == id && matches!(stone.fate, Fate::Released | Fate::Revoked)
+    });
+    let open = work
+        .record
+        .as_ref()
+        .and_then(Record::lent)
+        .zip(stone.as_ref())
+        .is_some_and(|(lent, stone)| lent.to.grant == stone.grant);
+    over && !open
+}
