@@ -29,6 +29,8 @@ pub(crate) mod reason {
     pub(crate) const MOVE_UNCERTAIN: &str = "MOVE_UNCERTAIN";
     /// What was waited for will not come; the daemon answers the same word.
     pub(crate) const VOLUME_FAILED: &str = "VOLUME_FAILED";
+    /// The daemon's word for a grant that is not there: nothing to revoke.
+    pub(crate) const GRANT_UNKNOWN: &str = "GRANT_UNKNOWN";
     /// Files of a CA are there already and are never overwritten.
     pub(crate) const PKI_EXISTS: &str = "PKI_EXISTS";
     /// Certificate files cannot be read or written.

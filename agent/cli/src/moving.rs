@@ -119,7 +119,7 @@ async fn revoke(source: &Agent, volume_id: &str, grant_id: &str) -> Result<(), F
     let ask = RevokeRequest { volume_id: volume_id.to_owned(), grant_id: grant_id.to_owned() };
     match source.ask(source.moves().revoke(ask)).await {
         Ok(_) => Ok(()),
-        Err(error) if error.answered && error.failure.reason == "GRANT_UNKNOWN" => Ok(()),
+        Err(error) if error.answered && error.failure.reason == reason::GRANT_UNKNOWN => Ok(()),
         Err(error) => Err(error.failure),
     }
 }

@@ -10,6 +10,7 @@ use std::{
     process::{Command, Output},
     sync::{Arc, Mutex, mpsc},
     thread,
+    time::Duration,
 };
 
 use dmlocal_proto::v1::{
@@ -39,6 +40,10 @@ pub(crate) const ID: &str = "6e1f2a52-6c57-4a7b-9d3a-0f4dd1f0c001";
 pub(crate) const OTHER: &str = "0b8f5a9e-53cc-4b8b-8f0e-9b1f3c2d4e5f";
 /// The device of [`ID`].
 pub(crate) const DEVICE: &str = "/dev/mapper/dmlocal-6e1f2a52-6c57-4a7b-9d3a-0f4dd1f0c001";
+
+/// Time between two changes that Watch reports: longer than a terminal needs to
+/// be redrawn.
+const CHANGE_INTERVAL: Duration = Duration::from_millis(600);
 
 /// How an agent treats one kind of call.
 #[derive(Clone, Debug, Default)]
@@ -245,7 +250,10 @@ impl Nodes for Agent {
         request: Request<WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         self.note(format!("Watch {}", request.into_inner().id));
-        let changes = tokio_stream::iter(self.manners.changes.clone().into_iter().map(Ok));
+        let changes = tokio_stream::iter(self.manners.changes.clone()).then(|change| async {
+            tokio::time::sleep(CHANGE_INTERVAL).await;
+            Ok(change)
+        });
         Ok(Response::new(Box::pin(changes.chain(tokio_stream::pending()))))
     }
 }

@@ -1,6 +1,7 @@
 //! `status --watch` where no terminal is: a line per change, and a clean end.
 
 use std::{
+    fs::File,
     io::{BufRead as _, BufReader},
     process::{Child, ChildStdout, Stdio},
     thread,
@@ -9,7 +10,11 @@ use std::{
 
 use crate::agent::{ID, Log, Manners, OTHER, dmlocalctl, run, unix, volume};
 use dmlocal_proto::v1::{VolumeState, WatchResponse};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    process::{Pid, Signal, kill_process},
+    pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
+    termios::{Winsize, tcsetwinsize},
+};
 use serde_json::Value;
 use tempfile::{TempDir, tempdir};
 
@@ -71,6 +76,42 @@ fn each_change_is_a_line_for_people() {
     assert!(line.starts_with(&format!("{ID}  64MiB ")) && line.contains(" hydrating "), "{line:?}");
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
     assert_ends_well(child);
+}
+
+#[test]
+fn on_a_terminal_the_table_is_drawn_over_itself() {
+    let mut hydrating = volume(VolumeState::Hydrating);
+    hydrating.percent = Some(50.0);
+    let changes = vec![
+        WatchResponse { volume: Some(hydrating), gone: false },
+        change(VolumeState::Local, false),
+        change(VolumeState::Local, true),
+    ];
+    let (_dir, endpoint) = agent(changes);
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    let name = ptsname(&terminal, Vec::new()).unwrap();
+    let stdout = File::options().write(true).open(name.to_str().unwrap()).unwrap();
+    let size = Winsize { ws_row: 24, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
+    tcsetwinsize(&stdout, size).unwrap();
+    let child = dmlocalctl()
+        .args(["--endpoint", &endpoint, "status", ID, "--watch"])
+        .stdout(stdout)
+        .spawn()
+        .unwrap();
+    assert_ends_well(child);
+    let mut shown = vec![0; 65_536];
+    let length = rustix::io::read(&terminal, &mut shown).unwrap();
+    let shown = String::from_utf8_lossy(&shown[..length]).into_owned();
+    let drawings: Vec<_> = shown.split("\x1b[J").collect();
+    assert_eq!(drawings.len(), 4, "{shown:?}");
+    assert!(drawings[1].contains("[##########----------]  50.0%"), "{shown:?}");
+    // Head and volume: two lines to go up.
+    assert!(drawings[1].ends_with("\x1b[2A\r"), "{shown:?}");
+    assert!(drawings[2].contains(" local ") && drawings[2].ends_with("\x1b[2A\r"), "{shown:?}");
+    assert_eq!(drawings[3].lines().count(), 1, "{shown:?}");
+    assert!(shown.lines().all(|line| line.chars().count() <= 120), "{shown:?}");
 }
 
 #[test]
