@@ -8,8 +8,8 @@
 //! Devices are found by their DM UUID, never by name alone, and nothing whose
 //! UUID is not the asked one is ever changed. The `devicemapper` crate does the
 //! ioctls except RESUME and REMOVE: for those it waits without bound for udev,
-//! and starts two processes in udev's rules while it does. Ours run without a
-//! cookie to wait for (see [`Udev`]) and so cannot hang on a stuck udevd.
+//! which starts two processes in its rules meanwhile. Ours give udev no cookie to
+//! complete and so cannot hang on a stuck udevd.
 //!
 //! Suspending always skips the freezing of file systems and requeues instead of
 //! waiting where a target can (SKIP_LOCKFS, NOFLUSH), and runs on a thread that a
@@ -53,9 +53,6 @@ const RESUMES: u32 = 5;
 /// device open for a moment.
 const REMOVE_PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long a removal waits for udev to have forgotten the device.
-const UDEV_PATIENCE: Duration = Duration::from_secs(3);
-
 /// How long an interrupted call may still take before it is left alone.
 const INTERRUPT_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -66,40 +63,30 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// Where handles are linked.
 const MAPPER: &str = "/dev/mapper";
 
-/// What a new or reloaded device means to udev.
+/// Whether a device has a link in `/dev/mapper`.
 ///
-/// The flags travel in the high half of the uevent's `DM_COOKIE`
-/// (libdm/libdevmapper.h, `DM_UDEV_*`). The low half, which names a semaphore to
-/// wait for, stays zero: nothing here waits for udev's rules.
+/// udev has no part in it: a late event of a removed device would take the link
+/// away from a new one of the same name. The link is made when the table is set
+/// and removed before the device is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Udev {
-    /// A layer: no rule touches it, no link is made.
+    /// A layer: no link.
     Hidden,
-    /// The handle: `/dev/mapper/<name>` exists when `set` returns.
+    /// The handle: `/dev/mapper/<name>` leads to it when `set` returns.
     Linked,
 }
 
-/// Flags that keep every rule but the one that makes the link away
-/// (`DM_UDEV_DISABLE_SUBSYSTEM_RULES_FLAG`, `…_DISK_RULES_FLAG`,
-/// `…_OTHER_RULES_FLAG`) and mark the event as a real activation
-/// (`DM_UDEV_PRIMARY_SOURCE_FLAG`).
-const UDEV_LINK_ONLY: u32 = 0x0002 | 0x0004 | 0x0008 | 0x0040;
+/// What udev is told when a table is set, in the high half of the uevent's
+/// `DM_COOKIE` (`DM_UDEV_FLAGS_SHIFT` of libdm/libdevmapper.h): a real activation
+/// (`DM_UDEV_PRIMARY_SOURCE_FLAG`), for which neither device-mapper's own rules
+/// (`DM_UDEV_DISABLE_DM_RULES_FLAG`, 1) nor any others (`…_SUBSYSTEM_…` 2,
+/// `…_DISK_…` 4, `…_OTHER_…` 8) do anything. The low half, which names a
+/// semaphore to wait for, stays zero. The udev rules of dmlocal know this value
+/// and start no process to decode it.
+const HIDDEN: u32 = (0x0001 | 0x0002 | 0x0004 | 0x0008 | 0x0040) << 16;
 
-/// `DM_UDEV_DISABLE_DM_RULES_FLAG`: no link either.
-const UDEV_NO_LINK: u32 = 0x0001;
-
-/// `DM_UDEV_FLAGS_SHIFT` of include/uapi/linux/dm-ioctl.h's users.
-const UDEV_SHIFT: u32 = 16;
-
-impl Udev {
-    fn event_nr(self) -> u32 {
-        let flags = match self {
-            Self::Hidden => UDEV_LINK_ONLY | UDEV_NO_LINK,
-            Self::Linked => UDEV_LINK_ONLY,
-        };
-        flags << UDEV_SHIFT
-    }
-}
+/// No flags: udev goes by what it noted when the table was set.
+const NO_COOKIE: u32 = 0;
 
 /// A target type and its version.
 pub type TargetVersion = (String, (u32, u32, u32));
@@ -257,6 +244,10 @@ impl Dm {
     /// source. If it already has this path and the kernel has given the path up,
     /// the path is taken up again.
     ///
+    /// A [`Target::Hold`] lets go of what it holds as soon as a swap begins, into
+    /// the device below and whatever the new table is, and holds nothing more even
+    /// if the swap fails (drivers/md/dm-delay.c has `presuspend` without its undo).
+    ///
     /// # Errors
     /// [`io::ErrorKind::TimedOut`]: the I/O in flight did not end before the
     /// deadline; the old table is live. After any error no inactive table is left
@@ -286,7 +277,7 @@ impl Dm {
                 if created { self.remove(name, Remove::Now) } else { self.clear_if_there(name) };
             return Err(with_undo(error, undone));
         }
-        self.swap(name, table, udev, deadline)?;
+        self.swap(name, table, deadline)?;
         // The number is read again: the device is ours by UUID, not by memory.
         match self.by_uuid(&name.uuid)? {
             Some(number) => link(name, number, udev),
@@ -327,8 +318,8 @@ impl Dm {
     }
 
     /// Makes the loaded table live.
-    fn swap(&self, name: &DmName, table: &Table, udev: Udev, deadline: Duration) -> io::Result<()> {
-        let resumed = self.resume_within(name, udev, deadline);
+    fn swap(&self, name: &DmName, table: &Table, deadline: Duration) -> io::Result<()> {
+        let resumed = self.resume_within(name, deadline);
         let Err(error) = resumed else { return Ok(()) };
         let error = describe("swap the table of", &name.name, error);
         // A swap that fails after the implied suspend leaves the device suspended
@@ -346,7 +337,7 @@ impl Dm {
                     {
                         return Err(with_undo(error, Err(undo)));
                     }
-                    if self.resume_within(name, udev, deadline).is_ok() {
+                    if self.resume_within(name, deadline).is_ok() {
                         break;
                     }
                 }
@@ -393,15 +384,11 @@ impl Dm {
     }
 
     /// RESUME. With an inactive table this is suspend, swap and resume in one.
-    fn resume_within(&self, name: &DmName, udev: Udev, deadline: Duration) -> io::Result<()> {
+    fn resume_within(&self, name: &DmName, deadline: Duration) -> io::Result<()> {
         let control = Arc::clone(&self.control);
         let uuid = name.uuid.clone();
         let flags = DmFlags::DM_SKIP_LOCKFS | DmFlags::DM_NOFLUSH;
-        interruptible(
-            deadline,
-            move || raw::resume(&control, &uuid, flags.bits(), udev.event_nr()),
-            |_| {},
-        )
+        interruptible(deadline, move || raw::resume(&control, &uuid, flags.bits(), HIDDEN), |_| {})
     }
 
     /// Makes I/O wait. A device that is suspended already stays so.
@@ -430,7 +417,7 @@ impl Dm {
             // The caller was told that it failed, so nobody else would resume it.
             move |result| {
                 if result.is_ok() {
-                    let _ = raw::resume(&again, &text, 0, Udev::Hidden.event_nr());
+                    let _ = raw::resume(&again, &text, 0, NO_COOKIE);
                 }
             },
         )
@@ -441,9 +428,7 @@ impl Dm {
     /// because the kernel would make it live.
     pub fn resume(&self, name: &DmName) -> io::Result<()> {
         self.clear_if_there(name)?;
-        // A resume without a table makes the kernel send the same event as one
-        // with, and udev keeps what it knows: the link flag does no harm.
-        raw::resume(&self.control, &name.uuid, 0, Udev::Linked.event_nr())
+        raw::resume(&self.control, &name.uuid, 0, NO_COOKIE)
             .map_err(|error| describe("resume", &name.name, error))
     }
 
@@ -501,7 +486,19 @@ impl Dm {
     /// # Errors
     /// [`io::ErrorKind::ResourceBusy`] if it stays open.
     pub fn remove(&self, name: &DmName, how: Remove) -> io::Result<()> {
-        let Some(device) = self.device(name)? else { return forget(name, None) };
+        let device = self.device(name)?;
+        // First the link, then the device: a link that outlives its device would
+        // soon lead to another one.
+        let linked = unlink(Path::new(MAPPER), name)
+            .map_err(|error| describe("unlink", &name.path(), error))?;
+        let Some(device) = device else { return Ok(()) };
+        self.remove_open(name, how).map_err(|error| {
+            let udev = if linked { Udev::Linked } else { Udev::Hidden };
+            with_undo(error, link(name, device.number, udev))
+        })
+    }
+
+    fn remove_open(&self, name: &DmName, how: Remove) -> io::Result<()> {
         let flags = match how {
             Remove::Now => DmFlags::empty(),
             Remove::Deferred => DmFlags::DM_DEFERRED_REMOVE,
@@ -509,17 +506,16 @@ impl Dm {
         let end = Instant::now() + REMOVE_PATIENCE;
         let mut pause = FIRST_PAUSE;
         loop {
-            match raw::remove(&self.control, &name.uuid, flags.bits(), Udev::Linked.event_nr()) {
-                Ok(removed) if removed => return forget(name, Some(device.number)),
-                Ok(_) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                    if Instant::now() >= end {
-                        return Err(describe("remove", &name.name, error));
-                    }
+            match raw::remove(&self.control, &name.uuid, flags.bits(), NO_COOKIE) {
+                Err(error)
+                    if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < end =>
+                {
                     thread::sleep(pause);
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }
-                Err(error) => return Err(describe("remove", &name.name, error)),
+                removed => {
+                    return removed.map_err(|error| describe("remove", &name.name, error));
+                }
             }
         }
     }
@@ -533,8 +529,7 @@ pub(super) fn path_failed(status: &str, path: DevNo) -> bool {
     words.windows(2).any(|pair| pair == [path.as_str(), "F"])
 }
 
-/// Makes `/dev/mapper/<name>`, as udev will, without waiting for udev. udev finds
-/// its own link there and keeps it.
+/// Makes `/dev/mapper/<name>` of a handle.
 fn link(name: &DmName, number: DevNo, udev: Udev) -> io::Result<()> {
     match udev {
         Udev::Hidden => Ok(()),
@@ -568,27 +563,12 @@ fn node(number: DevNo) -> PathBuf {
     PathBuf::from(format!("../dm-{}", number.minor))
 }
 
-/// Waits until udev has forgotten a removed device, and removes its link if udev
-/// did not. A later device of the same name would otherwise lose its link to the
-/// late end of this one.
-fn forget(name: &DmName, number: Option<DevNo>) -> io::Result<()> {
-    let link = PathBuf::from(name.path());
-    if let Some(number) = number
-        && link.symlink_metadata().is_ok()
-    {
-        let record = PathBuf::from(format!("/run/udev/data/b{number}"));
-        let end = Instant::now() + UDEV_PATIENCE;
-        let mut pause = FIRST_PAUSE;
-        while record.exists() && Instant::now() < end {
-            thread::sleep(pause);
-            pause = (pause * 2).min(LONGEST_PAUSE);
-        }
-    }
-    match fs::remove_file(&link) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(describe("unlink", &name.path(), error))
-        }
-        Ok(()) | Err(_) => Ok(()),
+/// Removes the link; whether there was one.
+fn unlink(mapper: &Path, name: &DmName) -> io::Result<bool> {
+    match fs::remove_file(mapper.join(&name.name)) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -765,8 +745,6 @@ mod raw {
     const REMOVE: u8 = 4;
     /// `DM_DEV_SUSPEND_CMD`; without `DM_SUSPEND_FLAG` it is RESUME.
     const SUSPEND: u8 = 6;
-    /// `DM_DEFERRED_REMOVE`: out, the device is to be removed when closed.
-    const DEFERRED: u32 = 1 << 17;
 
     nix::ioctl_readwrite!(dev_remove, MAGIC, REMOVE, Header);
     nix::ioctl_readwrite!(dev_suspend, MAGIC, SUSPEND, Header);
@@ -805,13 +783,12 @@ mod raw {
         Ok(())
     }
 
-    /// Whether the device is gone; otherwise it goes when its last user does.
-    pub(super) fn remove(control: &DM, uuid: &str, flags: u32, event_nr: u32) -> io::Result<bool> {
+    pub(super) fn remove(control: &DM, uuid: &str, flags: u32, event_nr: u32) -> io::Result<()> {
         let mut header = header(uuid, flags, event_nr)?;
         // SAFETY: as in `resume`.
         match unsafe { dev_remove(control.as_raw_fd(), &raw mut header) } {
-            Ok(_) => Ok(header.flags & DEFERRED == 0),
-            Err(Errno::ENXIO) => Ok(true),
+            // Gone is what was asked for.
+            Ok(_) | Err(Errno::ENXIO) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
     }
