@@ -10,6 +10,7 @@
 //! guest      commands inside a node, over a card of the bed's own
 //! cluster    nodes with names, from start to take-down
 //! install    dmlocal on a node
+//! content    what dmlocal-writer writes and checks inside a node
 //! ```
 //!
 //! A node starts in about two seconds, because it is a restored snapshot with
@@ -17,6 +18,7 @@
 //! anything but what runs on the nodes: it has no notion of volumes or moves.
 
 pub mod cluster;
+pub mod content;
 mod debian;
 pub mod guest;
 mod host;
