@@ -52,6 +52,11 @@ enum Room<'a> {
     OfRecord,
 }
 
+/// Whether this request has begun something; a repeated one has not, and must
+/// undo nothing when it fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Begun(bool);
+
 /// What an admission may look at.
 struct Known<'a> {
     record: Option<&'a Record>,
@@ -90,7 +95,7 @@ impl Service {
         let pool = self.pool_name(pool)?;
         self.volumes
             .with(id, async |slot, work| {
-                self.change(id, slot, work, Room::In(&pool), |known| {
+                let begun = self.change(id, slot, work, Room::In(&pool), |known| {
                     if known.handle.is_some() && known.record.is_none() {
                         return Err(left_over(id));
                     }
@@ -98,7 +103,7 @@ impl Service {
                 })
                 .await?;
                 let outcome = self.volumes.converge(slot, work).await;
-                self.undo(slot, work, outcome, Event::DeleteAsked).await
+                self.undo(slot, work, begun, outcome, Event::DeleteAsked).await
             })
             .await
     }
@@ -217,13 +222,13 @@ impl Service {
                 // Ports are given out under this lock, and to the journal.
                 let placing = self.placement.lock().await;
                 let request = GrantRequest { to, host_nqn, hold, export: self.new_export() };
-                self.change(id, slot, work, Room::None, |known| {
+                let begun = self.change(id, slot, work, Room::None, |known| {
                     admit::grant(known.record(id)?, request, &node, boot, spent.as_ref())
                 })
                 .await?;
                 drop(placing);
                 let outcome = self.volumes.converge(slot, work).await;
-                self.undo(slot, work, outcome, Event::RevokeAsked).await?;
+                self.undo(slot, work, begun, outcome, Event::RevokeAsked).await?;
                 let record = work.record.clone().ok_or(Refusal::VolumeNotFound(id))?;
                 Ok(Granted { record })
             })
@@ -244,7 +249,7 @@ impl Service {
             Peer { node: offer.source.node.clone(), endpoint: offer.source.endpoint.clone() };
         self.volumes
             .with(id, async |slot, work| {
-                self.change(id, slot, work, Room::In(&pool), |known| {
+                let begun = self.change(id, slot, work, Room::In(&pool), |known| {
                     let handle = known.handle.as_ref();
                     admit::receive(
                         known.record,
@@ -260,7 +265,7 @@ impl Service {
                 let peers = Arc::clone(&self.volumes.peers);
                 tokio::spawn(async move { peers.prepare(&peer).await });
                 let outcome = self.volumes.converge(slot, work).await;
-                self.undo(slot, work, outcome, Event::AbortAsked).await
+                self.undo(slot, work, begun, outcome, Event::AbortAsked).await
             })
             .await
     }
@@ -552,7 +557,7 @@ impl Service {
         work: &mut Work,
         room: Room<'_>,
         admit: impl FnOnce(&Known<'_>) -> Result<Admitted, Refusal>,
-    ) -> Result<(), ServiceError> {
+    ) -> Result<Begun, ServiceError> {
         let handle = self.volumes.handle(id).await?;
         let pool = match room {
             Room::None => None,
@@ -569,11 +574,15 @@ impl Service {
         };
         let record = work.record.clone();
         let admitted = admit(&Known { record: record.as_ref(), handle, room })?;
-        if let Admitted::Journal(record) = admitted {
-            self.volumes.put(slot, work, *record, Vec::new()).await?;
-        }
+        let begun = match admitted {
+            Admitted::Already => Begun(false),
+            Admitted::Journal(record) => {
+                self.volumes.put(slot, work, *record, Vec::new()).await?;
+                Begun(true)
+            }
+        };
         drop(placing);
-        Ok(())
+        Ok(begun)
     }
 
     /// After a failed creation, grant or receive: takes away what was begun.
@@ -581,6 +590,7 @@ impl Service {
         &self,
         slot: &Slot,
         work: &mut Work,
+        begun: Begun,
         outcome: Result<Rest, ServiceError>,
         event: Event,
     ) -> Result<View, ServiceError> {
@@ -590,8 +600,8 @@ impl Service {
         };
         let undoable =
             work.record.clone().is_some_and(|record| record.after(event.clone()).is_ok());
-        if !undoable {
-            // Too late for that: it goes on by itself.
+        if !begun.0 || !undoable {
+            // Not this request's work, or too late: it goes on by itself.
             return Err(cause);
         }
         let undone = async {

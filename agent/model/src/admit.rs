@@ -588,7 +588,9 @@ pub fn switch(record: &Record) -> Result<Admitted, Refusal> {
     };
     not_failed(record.id, receiving)?;
     match receiving.stage {
-        ReceivingStage::Held | ReceivingStage::Switching if receiving.source.hold => {
+        ReceivingStage::Held | ReceivingStage::Refused | ReceivingStage::Switching
+            if receiving.source.hold =>
+        {
             journal(record, Event::SwitchAsked)
         }
         ReceivingStage::Hydrating | ReceivingStage::Collapsing | ReceivingStage::Parting
@@ -616,6 +618,7 @@ pub fn abort(record: &Record, held_writes: u64) -> Result<Admitted, Refusal> {
             | ReceivingStage::Zeroing
             | ReceivingStage::Assembling
             | ReceivingStage::Held
+            | ReceivingStage::Refused
             | ReceivingStage::Aborting => journal(record, Event::AbortAsked),
             ReceivingStage::Withdrawing => Ok(Admitted::Already),
             ReceivingStage::Switching
@@ -654,7 +657,12 @@ pub fn tune(record: &Record, change: Change) -> Result<Admitted, Refusal> {
     range("threshold", change.threshold, MAX_THRESHOLD)?;
     range("batch", change.batch, MAX_BATCH)?;
     match record.receiving().map(|receiving| receiving.stage) {
-        Some(ReceivingStage::Held | ReceivingStage::Switching | ReceivingStage::Hydrating) => {}
+        Some(
+            ReceivingStage::Held
+            | ReceivingStage::Refused
+            | ReceivingStage::Switching
+            | ReceivingStage::Hydrating,
+        ) => {}
         _ => return Err(Refusal::VolumeNotHydrating(record.id)),
     }
     let mut wanted = record.clone();

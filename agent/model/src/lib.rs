@@ -6,6 +6,10 @@ pub mod admit;
 pub mod hydration;
 pub mod name;
 pub mod plan;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod table;
 pub mod units;
 pub mod volume;
+#[cfg(test)]
+mod walk;

@@ -329,7 +329,12 @@ impl Plan<'_> {
     }
 
     fn lent(&self, lent: &Lent) -> Next {
-        let Some(data) = &self.seen.data else { return Next::Wait(Wait::Pool) };
+        let data = match (&self.seen.data, lent.stage) {
+            // What is on its way out may be half gone already.
+            (_, LentStage::Releasing) => return self.releasing(lent),
+            (Some(data), _) => data,
+            (None, _) => return Next::Wait(Wait::Pool),
+        };
         match lent.stage {
             LentStage::Published => self
                 .exported(lent, data)
@@ -343,12 +348,15 @@ impl Plan<'_> {
                 .or_else(|| self.exported(lent, data))
                 .unwrap_or(Next::Wait(Wait::Peer)),
             LentStage::Revoking => self.unexported(lent).unwrap_or(Next::Journal(Event::Revoked)),
-            LentStage::Releasing => self
-                .fenced_handle()
-                .or_else(|| self.unexported(lent))
-                .or_else(|| self.handle_leaving())
-                .unwrap_or(Next::Forget(vec![Step::RetireAll])),
+            LentStage::Releasing => self.releasing(lent),
         }
+    }
+
+    fn releasing(&self, lent: &Lent) -> Next {
+        self.fenced_handle()
+            .or_else(|| self.unexported(lent))
+            .or_else(|| self.handle_leaving())
+            .unwrap_or(Next::Forget(vec![Step::RetireAll]))
     }
 
     /// The device below the export, then the export.
@@ -404,6 +412,7 @@ impl Plan<'_> {
             | S::Assembling
             | S::Held
             | S::Switching
+            | S::Refused
             | S::Hydrating
             | S::Collapsing
             | S::Parting) => {
@@ -475,7 +484,9 @@ impl Plan<'_> {
         }
         match receiving.stage {
             S::Held if self.seen.held > 0 => Next::Journal(Event::SwitchAsked),
-            S::Held => self.source_reached(receiving).unwrap_or(Next::Wait(Wait::Switch)),
+            S::Held | S::Refused => {
+                self.source_reached(receiving).unwrap_or(Next::Wait(Wait::Switch))
+            }
             S::Switching => Next::Ask(Call::Fence),
             _ => self.hydrating(receiving),
         }

@@ -9,7 +9,7 @@
 //!
 //! Receiving: Allocating ─► Zeroing ─► Assembling ─┬► Held ─┬► Switching ─► Hydrating
 //!                 │           │           │       └► cold ─┘                  ▼
-//!                 └───────────┴───────────┴─► Aborting ◄ Held            Collapsing
+//!                 └───────────┴───────────┴─► Aborting ◄ Held, Refused   Collapsing
 //!                                                 ▼                           ▼
 //!                                            Withdrawing ─► gone           Parting ─► Local
 //! ```
@@ -193,6 +193,9 @@ pub enum ReceivingStage {
     Held,
     /// The source has been asked for the fence; the answer is not known.
     Switching,
+    /// The source has answered that it will not fence under this grant. Nothing
+    /// written here was or will be acknowledged.
+    Refused,
     /// The source is fenced: writable, copying.
     Hydrating,
     /// Everything is here, committed twice: only the data LV counts now. A
@@ -205,6 +208,22 @@ pub enum ReceivingStage {
     Aborting,
     /// Nothing of it is left here; the source is to be told.
     Withdrawing,
+}
+
+impl ReceivingStage {
+    /// Whether the source has been asked for the fence, and may have answered.
+    pub const fn is_taken(self) -> bool {
+        match self {
+            Self::Switching | Self::Hydrating | Self::Collapsing | Self::Parting => true,
+            Self::Allocating
+            | Self::Zeroing
+            | Self::Assembling
+            | Self::Held
+            | Self::Refused
+            | Self::Aborting
+            | Self::Withdrawing => false,
+        }
+    }
 }
 
 /// Something that only a reboot or an operator can end.
@@ -335,9 +354,9 @@ impl Record {
                     (S::Zeroing, Event::Zeroed) => S::Assembling,
                     (S::Assembling, Event::Armed) if receiving.source.hold => S::Held,
                     (S::Assembling, Event::Armed) => S::Switching,
-                    (S::Held | S::Switching, Event::SwitchAsked) => S::Switching,
+                    (S::Held | S::Refused | S::Switching, Event::SwitchAsked) => S::Switching,
                     (S::Switching, Event::SourceFenced) => S::Hydrating,
-                    (S::Switching, Event::SourceRefused) => S::Held,
+                    (S::Switching, Event::SourceRefused) => S::Refused,
                     (S::Hydrating, Event::Floor(floor)) => {
                         receiving.floor = receiving.floor.max(floor);
                         S::Hydrating
@@ -353,11 +372,19 @@ impl Record {
                         return Ok(self);
                     }
                     (
-                        S::Allocating | S::Zeroing | S::Assembling | S::Held | S::Aborting,
+                        S::Allocating
+                        | S::Zeroing
+                        | S::Assembling
+                        | S::Held
+                        | S::Refused
+                        | S::Aborting,
                         Event::AbortAsked,
                     ) => S::Aborting,
                     (S::Aborting, Event::Retired) => S::Withdrawing,
-                    (stage @ (S::Held | S::Switching | S::Hydrating), Event::Failed(failure)) => {
+                    (
+                        stage @ (S::Held | S::Refused | S::Switching | S::Hydrating),
+                        Event::Failed(failure),
+                    ) => {
                         receiving.failure = Some(failure);
                         stage
                     }
@@ -392,20 +419,8 @@ impl Record {
     /// Whether this node has taken the right to write by `grant`, or may have:
     /// from the moment at which the source is asked for the fence.
     pub fn has_taken(&self, grant: Uuid) -> bool {
-        use ReceivingStage as S;
         match self.receiving() {
-            Some(receiving) => {
-                receiving.source.grant == grant
-                    && match receiving.stage {
-                        S::Switching | S::Hydrating | S::Collapsing | S::Parting => true,
-                        S::Allocating
-                        | S::Zeroing
-                        | S::Assembling
-                        | S::Held
-                        | S::Aborting
-                        | S::Withdrawing => false,
-                    }
-            }
+            Some(receiving) => receiving.source.grant == grant && receiving.stage.is_taken(),
             None => self.came_by == Some(grant),
         }
     }

@@ -1,0 +1,765 @@
+//! A simulated world for tests: nodes with logical volumes, device-mapper,
+//! exports and imports that behave as the kernel's do where it matters.
+//!
+//! What is modelled, because data is lost where it is forgotten: writes stay in
+//! a volatile cache until a flush; dm-clone keeps its bits in memory until it
+//! commits, formats zeroed metadata silently, and reads its metadata only when
+//! a table is loaded; a held write goes where the old table pointed when the
+//! table is swapped; device numbers are reused at once; loading and resuming
+//! are two actions. Every action can be the last one before a crash.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use uuid::Uuid;
+
+use crate::{
+    name::Role,
+    plan::{self, Device, Import, Presence, Seen, Step},
+    table::{CloneStatus, Table, Target},
+    units::{DevNo, Sectors},
+    volume::{Event, Phase, Record},
+};
+
+/// Regions of a simulated volume; each holds one value, 0 when blank.
+pub const REGIONS: usize = 4;
+
+/// Region size: 64 KiB.
+pub const REGION: Sectors = Sectors(128);
+
+/// Size of a simulated volume in bytes.
+pub const VOLUME_BYTES: u64 = REGIONS as u64 * 64 * 1024;
+
+/// What a region held before it was ever written by its present owner: another
+/// volume's past.
+pub const FOREIGN: u64 = u64::MAX;
+
+/// Why an action was not done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// The process died before this action.
+    Crash,
+    /// Somebody uses the device.
+    Busy,
+    /// The kernel, or a guard in front of it, refused.
+    Refused(String),
+}
+
+/// What became of a request to a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Io<T> {
+    /// It was done and acknowledged.
+    Done(T),
+    /// It waits.
+    Waits,
+    /// It failed.
+    Failed,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Metadata {
+    Garbage,
+    Zero,
+    Clone([bool; REGIONS]),
+}
+
+#[derive(Debug, Clone)]
+struct Volume {
+    number: DevNo,
+    length: Sectors,
+    active: bool,
+    now: [u64; REGIONS],
+    stable: [u64; REGIONS],
+    metadata: Metadata,
+}
+
+#[derive(Debug, Clone)]
+struct Mapped {
+    number: DevNo,
+    live: Option<Table>,
+    inactive: Option<Table>,
+    suspended: bool,
+    users: u32,
+    leaving: bool,
+    discards_blocked: bool,
+    hydrating: bool,
+    bits: [bool; REGIONS],
+    held: Vec<(usize, u64)>,
+}
+
+/// One node's kernel and disks.
+#[derive(Debug, Clone)]
+pub struct Node {
+    /// Which boot this is.
+    pub boot: Uuid,
+    /// Whether it has power.
+    pub up: bool,
+    lvs: BTreeMap<String, Volume>,
+    mapped: BTreeMap<String, Mapped>,
+    /// Export NQN to the number of what is exported.
+    exports: BTreeMap<String, DevNo>,
+    /// Import NQN to the namespace's number.
+    imports: BTreeMap<String, DevNo>,
+}
+
+/// All nodes and what connects them.
+#[derive(Debug, Clone)]
+pub struct World {
+    /// The nodes.
+    pub nodes: Vec<Node>,
+    /// Whether the network carries anything.
+    pub network: bool,
+    /// Actions until the crash; none for no crash.
+    pub fuse: Option<usize>,
+    /// Held writes that a swap has let through and acknowledged: node, region,
+    /// value.
+    pub released: Vec<(usize, usize, u64)>,
+    serial: u128,
+}
+
+impl World {
+    /// A world of so many nodes, with nothing on them.
+    pub fn new(nodes: usize) -> Self {
+        let mut world =
+            Self { nodes: Vec::new(), network: true, fuse: None, released: vec![], serial: 1 };
+        for _ in 0..nodes {
+            let boot = world.unique();
+            world.nodes.push(Node {
+                boot,
+                up: true,
+                lvs: BTreeMap::new(),
+                mapped: BTreeMap::new(),
+                exports: BTreeMap::new(),
+                imports: BTreeMap::new(),
+            });
+        }
+        world
+    }
+
+    /// A UUID that was not given before.
+    pub fn unique(&mut self) -> Uuid {
+        self.serial += 1;
+        Uuid::from_u128(self.serial << 64 | 1)
+    }
+
+    /// Takes a node's power away and gives it back: only stable storage stays.
+    pub fn power_cut(&mut self, node: usize) {
+        let boot = self.unique();
+        let node = &mut self.nodes[node];
+        node.boot = boot;
+        node.mapped.clear();
+        node.exports.clear();
+        node.imports.clear();
+        for lv in node.lvs.values_mut() {
+            lv.active = false;
+            lv.now = lv.stable;
+        }
+    }
+
+    /// Makes the logical volumes active, as start-up does.
+    pub fn activate(&mut self, node: usize) {
+        self.nodes[node].lvs.values_mut().for_each(|lv| lv.active = true);
+    }
+
+    /// Whether anything of ours is left on a node.
+    pub fn is_clean(&self, node: usize) -> bool {
+        let node = &self.nodes[node];
+        node.lvs.is_empty()
+            && node.mapped.is_empty()
+            && node.exports.is_empty()
+            && node.imports.is_empty()
+    }
+
+    /// One action, or the crash before it.
+    ///
+    /// # Errors
+    /// The crash.
+    pub fn act(&mut self) -> Result<(), Fault> {
+        match &mut self.fuse {
+            Some(0) => Err(Fault::Crash),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn free_number(&self, node: usize) -> DevNo {
+        let node = &self.nodes[node];
+        let taken: BTreeSet<u32> = (node.lvs.values().map(|lv| lv.number))
+            .chain(node.mapped.values().map(|mapped| mapped.number))
+            .chain(node.imports.values().copied())
+            .map(|number| number.minor)
+            .collect();
+        let minor = (0..).find(|minor| !taken.contains(minor)).unwrap_or(u32::MAX);
+        DevNo { major: 253, minor }
+    }
+
+    fn stands_on(&self, node: usize, number: DevNo) -> bool {
+        self.nodes[node].mapped.values().any(|mapped| {
+            mapped.live.iter().chain(&mapped.inactive).any(|t| t.target.devices().contains(&number))
+        })
+    }
+
+    // ---- requests of consumers ----
+
+    /// Reads a region of a device by its name under `/dev/mapper`.
+    pub fn read_handle(&self, node: usize, record: &Record, region: usize) -> Io<u64> {
+        let name = plan::dm_name(record, Role::Handle).name;
+        match self.nodes[node].mapped.get(&name) {
+            Some(mapped) => self.read(node, mapped.number, region),
+            None => Io::Failed,
+        }
+    }
+
+    /// Writes a region of the handle.
+    pub fn write_handle(
+        &mut self,
+        node: usize,
+        record: &Record,
+        region: usize,
+        value: u64,
+    ) -> Io<()> {
+        let name = plan::dm_name(record, Role::Handle).name;
+        match self.nodes[node].mapped.get(&name) {
+            Some(mapped) => self.write(node, mapped.number, region, value),
+            None => Io::Failed,
+        }
+    }
+
+    /// Flushes the handle: everything acknowledged before is on stable storage.
+    pub fn flush_handle(&mut self, node: usize, record: &Record) -> Io<()> {
+        let name = plan::dm_name(record, Role::Handle).name;
+        match self.nodes[node].mapped.get(&name) {
+            Some(mapped) => self.flush(node, mapped.number),
+            None => Io::Failed,
+        }
+    }
+
+    /// Opens or closes the handle for a consumer.
+    pub fn set_users(&mut self, node: usize, record: &Record, users: u32) {
+        let name = plan::dm_name(record, Role::Handle).name;
+        if let Some(mapped) = self.nodes[node].mapped.get_mut(&name) {
+            mapped.users = users;
+            if users == 0 && mapped.leaving {
+                self.nodes[node].mapped.remove(&name);
+            }
+        }
+    }
+
+    /// Whether the handle exists.
+    pub fn has_handle(&self, node: usize, record: &Record) -> bool {
+        self.nodes[node].mapped.contains_key(&plan::dm_name(record, Role::Handle).name)
+    }
+
+    fn mapped_by(&self, node: usize, number: DevNo) -> Option<(&String, &Mapped)> {
+        self.nodes[node].mapped.iter().find(|(_, mapped)| mapped.number == number)
+    }
+
+    fn lv_by(&self, node: usize, number: DevNo) -> Option<(&String, &Volume)> {
+        self.nodes[node].lvs.iter().find(|(_, lv)| lv.active && lv.number == number)
+    }
+
+    fn reached(&self, nqn: &str) -> Option<(usize, DevNo)> {
+        if !self.network {
+            return None;
+        }
+        (self.nodes.iter().enumerate())
+            .filter(|(_, node)| node.up)
+            .find_map(|(index, node)| Some((index, *node.exports.get(nqn)?)))
+    }
+
+    fn read(&self, node: usize, number: DevNo, region: usize) -> Io<u64> {
+        if let Some((_, lv)) = self.lv_by(node, number) {
+            return Io::Done(lv.now[region]);
+        }
+        if let Some((nqn, _)) = self.nodes[node].imports.iter().find(|(_, n)| **n == number) {
+            return match self.reached(nqn) {
+                Some((there, exported)) => self.read(there, exported, region),
+                None => Io::Waits,
+            };
+        }
+        let Some((_, mapped)) = self.mapped_by(node, number) else { return Io::Failed };
+        if mapped.suspended {
+            return Io::Waits;
+        }
+        match mapped.live.as_ref().map(|table| &table.target) {
+            Some(
+                Target::Linear { device, .. }
+                | Target::Hold { device }
+                | Target::ReadOnly { device }
+                | Target::Queue { path: Some(device) },
+            ) => match self.read(node, *device, region) {
+                // What fails below a queue waits in it.
+                Io::Failed
+                    if matches!(
+                        mapped.live.as_ref().map(|t| &t.target),
+                        Some(Target::Queue { .. })
+                    ) =>
+                {
+                    Io::Waits
+                }
+                io => io,
+            },
+            Some(Target::Queue { path: None }) => Io::Waits,
+            Some(Target::Clone { dest, src, .. }) => {
+                self.read(node, if mapped.bits[region] { *dest } else { *src }, region)
+            }
+            Some(Target::Error | Target::Foreign { .. }) | None => Io::Failed,
+        }
+    }
+
+    fn write(&mut self, node: usize, number: DevNo, region: usize, value: u64) -> Io<()> {
+        if let Some((name, _)) = self.lv_by(node, number) {
+            let name = name.clone();
+            if let Some(lv) = self.nodes[node].lvs.get_mut(&name) {
+                lv.now[region] = value;
+            }
+            return Io::Done(());
+        }
+        let Some((name, mapped)) = self.mapped_by(node, number) else { return Io::Failed };
+        if mapped.suspended {
+            return Io::Waits;
+        }
+        let name = name.clone();
+        match mapped.live.as_ref().map(|table| table.target.clone()) {
+            Some(Target::Linear { device, .. }) => self.write(node, device, region, value),
+            Some(Target::Hold { .. }) => {
+                if let Some(mapped) = self.nodes[node].mapped.get_mut(&name) {
+                    mapped.held.push((region, value));
+                }
+                Io::Waits
+            }
+            Some(Target::Clone { dest, .. }) => {
+                let done = self.write(node, dest, region, value);
+                if done == Io::Done(())
+                    && let Some(mapped) = self.nodes[node].mapped.get_mut(&name)
+                {
+                    mapped.bits[region] = true;
+                }
+                done
+            }
+            Some(
+                Target::Error
+                | Target::ReadOnly { .. }
+                | Target::Queue { .. }
+                | Target::Foreign { .. },
+            )
+            | None => Io::Failed,
+        }
+    }
+
+    fn flush(&mut self, node: usize, number: DevNo) -> Io<()> {
+        if let Some((name, _)) = self.lv_by(node, number) {
+            let name = name.clone();
+            if let Some(lv) = self.nodes[node].lvs.get_mut(&name) {
+                lv.stable = lv.now;
+            }
+            return Io::Done(());
+        }
+        let Some((_, mapped)) = self.mapped_by(node, number) else { return Io::Failed };
+        if mapped.suspended {
+            return Io::Waits;
+        }
+        match mapped.live.as_ref().map(|table| table.target.clone()) {
+            Some(Target::Linear { device, .. }) => self.flush(node, device),
+            Some(Target::Hold { .. }) => Io::Waits,
+            Some(Target::Clone { meta, dest, .. }) => {
+                self.commit_clone(node, number, meta, dest);
+                Io::Done(())
+            }
+            _ => Io::Failed,
+        }
+    }
+
+    /// The destination first, then the bits.
+    fn commit_clone(&mut self, node: usize, clone: DevNo, meta: DevNo, dest: DevNo) {
+        self.flush(node, dest);
+        let bits = self.mapped_by(node, clone).map(|(_, mapped)| mapped.bits);
+        let name = self.lv_by(node, meta).map(|(name, _)| name.clone());
+        if let (Some(bits), Some(name)) = (bits, name)
+            && let Some(lv) = self.nodes[node].lvs.get_mut(&name)
+        {
+            lv.metadata = Metadata::Clone(bits);
+        }
+    }
+
+    /// Lets every clone that may copy one region.
+    pub fn hydrate(&mut self) {
+        for node in 0..self.nodes.len() {
+            let clones: Vec<(String, DevNo, DevNo)> = self.nodes[node]
+                .mapped
+                .iter()
+                .filter(|(_, mapped)| mapped.hydrating && !mapped.suspended)
+                .filter_map(|(name, mapped)| match mapped.live.as_ref()?.target {
+                    Target::Clone { dest, src, .. } => Some((name.clone(), dest, src)),
+                    _ => None,
+                })
+                .collect();
+            for (name, dest, src) in clones {
+                let missing = self.nodes[node].mapped[&name].bits.iter().position(|bit| !bit);
+                let Some(region) = missing else { continue };
+                if let Io::Done(value) = self.read(node, src, region) {
+                    self.write(node, dest, region, value);
+                    if let Some(mapped) = self.nodes[node].mapped.get_mut(&name) {
+                        mapped.bits[region] = true;
+                    }
+                }
+            }
+        }
+    }
+
+    // ---- what dmlocal asks of a node ----
+
+    /// What is there for a volume.
+    pub fn look(&self, node: usize, record: &Record) -> Seen {
+        let here = &self.nodes[node];
+        let (data, meta) = plan::lv_names(record);
+        let lv = |name: &str, known: Option<&String>| {
+            known?;
+            let lv = here.lvs.get(name).filter(|lv| lv.active)?;
+            Some(plan::Lv { device: lv.number, length: lv.length })
+        };
+        let device = |role| {
+            let mapped = here.mapped.get(&plan::dm_name(record, role).name)?;
+            Some(Device {
+                number: mapped.number,
+                table: mapped.live.clone(),
+                suspended: mapped.suspended,
+                open_count: mapped.users,
+                leaving: mapped.leaving,
+            })
+        };
+        let clone = here.mapped.get(&plan::dm_name(record, Role::Clone).name);
+        let is_clone = |mapped: &&Mapped| {
+            matches!(mapped.live, Some(Table { target: Target::Clone { .. }, .. }))
+        };
+        let clone = clone.filter(is_clone);
+        let handle = here.mapped.get(&plan::dm_name(record, Role::Handle).name);
+        let receiving = record.receiving();
+        let import = receiving.map_or_else(Import::default, |receiving| {
+            let nqn = &receiving.source.export.subsystem_nqn;
+            let namespace = here.imports.get(nqn).copied();
+            Import {
+                connected: namespace.is_some(),
+                namespace,
+                live: namespace.is_some() && self.reached(nqn).is_some(),
+            }
+        });
+        let published = match &record.phase {
+            Phase::Lent(lent) if here.exports.contains_key(&lent.export.subsystem_nqn) => {
+                Presence::Complete
+            }
+            _ => Presence::Absent,
+        };
+        Seen {
+            boot: here.boot,
+            data: lv(&data, record.data.as_ref()),
+            meta: lv(&meta, receiving.and_then(|receiving| receiving.meta.as_ref())),
+            handle: device(Role::Handle),
+            clone: device(Role::Clone),
+            src: device(Role::Src),
+            export: device(Role::Export),
+            clone_status: clone.map(|clone| CloneStatus::Working {
+                hydrated: clone.bits.iter().filter(|bit| **bit).count() as u64,
+                total: REGIONS as u64,
+                hydrating: 0,
+                enabled: clone.hydrating,
+                read_only: false,
+            }),
+            discards_blocked: clone.is_some_and(|clone| clone.discards_blocked),
+            held: handle.map_or(0, |handle| handle.held.len() as u64),
+            published,
+            import,
+            path_failed: false,
+            resting: false,
+            tuned: Some((record.tuning.threshold, record.tuning.batch)),
+        }
+    }
+
+    /// Does one step, or as much of it as the fuse allows.
+    ///
+    /// # Errors
+    /// The crash, or what the kernel would refuse.
+    pub fn apply(
+        &mut self,
+        node: usize,
+        record: &Record,
+        step: &Step,
+    ) -> Result<Option<Event>, Fault> {
+        let (data, meta) = plan::lv_names(record);
+        match step {
+            Step::Allocate { data: size, meta: meta_size } => {
+                let data = self.make_lv(node, &data, *size, [0; REGIONS])?;
+                let meta = match meta_size {
+                    Some(size) => Some(self.make_lv(node, &meta, *size, [FOREIGN; REGIONS])?),
+                    None => None,
+                };
+                return Ok(Some(Event::Allocated { data, meta }));
+            }
+            Step::Grow { to } => {
+                self.act()?;
+                if let Some(lv) = self.nodes[node].lvs.get_mut(&data) {
+                    lv.length = *to;
+                }
+            }
+            Step::RetireMeta => self.remove_lv(node, &meta)?,
+            Step::RetireAll => {
+                self.remove_lv(node, &meta)?;
+                self.remove_lv(node, &data)?;
+            }
+            Step::ZeroMeta(number) => {
+                self.act()?;
+                if self.stands_on(node, *number) {
+                    return Err(Fault::Busy);
+                }
+                let name = self.lv_by(node, *number).map(|(name, _)| name.clone());
+                if let Some(lv) = name.and_then(|name| self.nodes[node].lvs.get_mut(&name)) {
+                    lv.metadata = Metadata::Zero;
+                }
+            }
+            _ => self.apply_device(node, record, step)?,
+        }
+        Ok(None)
+    }
+
+    fn apply_device(&mut self, node: usize, record: &Record, step: &Step) -> Result<(), Fault> {
+        let name = |role| plan::dm_name(record, role).name;
+        match step {
+            Step::Set(role, table) => self.set(node, &name(*role), table)?,
+            Step::OpenHandle(table) | Step::FenceHandle(table) => {
+                self.set(node, &name(Role::Handle), table)?;
+            }
+            Step::LoadClone { table, floor } => {
+                let Target::Clone { meta, .. } = table.target else {
+                    return Err(Fault::Refused("not a clone".into()));
+                };
+                let found = self.lv_by(node, meta).map(|(_, lv)| lv.metadata.clone());
+                let here = match (&found, floor) {
+                    (Some(Metadata::Clone(bits)), _) => bits.iter().filter(|bit| **bit).count(),
+                    (Some(Metadata::Zero), None) => 0,
+                    _ => return Err(Fault::Refused("no clone metadata".into())),
+                };
+                if floor.is_some_and(|floor| floor > here as u64) {
+                    return Err(Fault::Refused("fewer regions than journalled".into()));
+                }
+                self.set(node, &name(Role::Clone), table)?;
+            }
+            Step::Remove(role) => self.remove(node, &name(*role), false)?,
+            Step::RemoveDeferred(role) => self.remove(node, &name(*role), true)?,
+            Step::SuspendHandle => {
+                self.change(node, &name(Role::Handle), |m| m.suspended = true)?
+            }
+            Step::Resume(role) => self.resume(node, &name(*role))?,
+            Step::BlockDiscards(_) => {
+                self.change(node, &name(Role::Clone), |m| m.discards_blocked = true)?;
+            }
+            Step::Hydrate(on) => {
+                self.change(node, &name(Role::Clone), |m| m.hydrating = *on)?;
+            }
+            Step::Tune { .. } | Step::ReinstatePath(_) => self.act()?,
+            Step::Commit => {
+                self.act()?;
+                let clone = self.nodes[node].mapped.get(&name(Role::Clone));
+                let target = clone.and_then(|clone| {
+                    let complete = clone.bits.iter().all(|bit| *bit);
+                    match clone.live.as_ref()?.target {
+                        Target::Clone { meta, dest, .. } if complete => {
+                            Some((clone.number, meta, dest))
+                        }
+                        _ => None,
+                    }
+                });
+                let Some((clone, meta, dest)) = target else {
+                    return Err(Fault::Refused("not complete".into()));
+                };
+                self.commit_clone(node, clone, meta, dest);
+            }
+            Step::Publish { export, .. } => {
+                self.act()?;
+                let below = self.nodes[node].mapped.get(&name(Role::Export)).map(|m| m.number);
+                let below = below.ok_or_else(|| Fault::Refused("nothing to export".into()))?;
+                self.nodes[node].exports.insert(export.subsystem_nqn.clone(), below);
+            }
+            Step::Unpublish { export, .. } => {
+                self.act()?;
+                self.nodes[node].exports.remove(&export.subsystem_nqn);
+            }
+            Step::Connect(export) => {
+                self.act()?;
+                let nqn = &export.subsystem_nqn;
+                if self.nodes[node].imports.contains_key(nqn) {
+                    return Ok(());
+                }
+                if self.reached(nqn).is_none() {
+                    return Err(Fault::Refused("no answer".into()));
+                }
+                let number = self.free_number(node);
+                self.nodes[node].imports.insert(nqn.clone(), number);
+            }
+            Step::Disconnect(export) | Step::CutSource(export) => {
+                self.act()?;
+                self.nodes[node].imports.remove(&export.subsystem_nqn);
+            }
+            Step::Seal(table) => {
+                for role in [Role::Clone, Role::Handle] {
+                    if self.nodes[node].mapped.contains_key(&name(role)) {
+                        self.set(node, &name(role), table)?;
+                    }
+                }
+            }
+            Step::Flush(number) => {
+                self.act()?;
+                self.flush(node, *number);
+            }
+            Step::Allocate { .. }
+            | Step::Grow { .. }
+            | Step::RetireMeta
+            | Step::RetireAll
+            | Step::ZeroMeta(_) => {}
+        }
+        Ok(())
+    }
+
+    fn change(
+        &mut self,
+        node: usize,
+        name: &str,
+        change: impl FnOnce(&mut Mapped),
+    ) -> Result<(), Fault> {
+        self.act()?;
+        let mapped = self.nodes[node].mapped.get_mut(name);
+        change(mapped.ok_or_else(|| Fault::Refused(format!("{name} is absent")))?);
+        Ok(())
+    }
+
+    /// Create, load, resume: three actions, and a crash may come between them.
+    fn set(&mut self, node: usize, name: &str, table: &Table) -> Result<(), Fault> {
+        for device in table.target.devices() {
+            let exists = self.lv_by(node, device).is_some()
+                || self.mapped_by(node, device).is_some()
+                || self.nodes[node].imports.values().any(|number| *number == device);
+            if !exists {
+                return Err(Fault::Refused(format!("{device} is absent")));
+            }
+        }
+        if !self.nodes[node].mapped.contains_key(name) {
+            self.act()?;
+            let number = self.free_number(node);
+            let fresh = Mapped {
+                number,
+                live: None,
+                inactive: None,
+                suspended: false,
+                users: 0,
+                leaving: false,
+                discards_blocked: false,
+                hydrating: false,
+                bits: [false; REGIONS],
+                held: Vec::new(),
+            };
+            self.nodes[node].mapped.insert(name.to_owned(), fresh);
+        }
+        self.change(node, name, |mapped| mapped.inactive = Some(table.clone()))?;
+        if let Target::Clone { meta, .. } = table.target {
+            self.read_metadata(node, name, meta)?;
+        }
+        self.resume(node, name)
+    }
+
+    /// dm-clone's constructor: reads its metadata when the table is loaded.
+    fn read_metadata(&mut self, node: usize, name: &str, meta: DevNo) -> Result<(), Fault> {
+        let second = self.nodes[node].mapped.iter().any(|(other, mapped)| {
+            other != name
+                && matches!(&mapped.live, Some(Table { target: Target::Clone { meta: m, .. }, .. }) if *m == meta)
+        });
+        assert!(!second, "two live instances of one metadata");
+        let lv_name = self.lv_by(node, meta).map(|(name, _)| name.clone());
+        let lv = lv_name.and_then(|name| self.nodes[node].lvs.get_mut(&name));
+        let lv = lv.ok_or_else(|| Fault::Refused("no metadata device".into()))?;
+        let bits = match lv.metadata {
+            Metadata::Clone(bits) => bits,
+            Metadata::Zero => {
+                lv.metadata = Metadata::Clone([false; REGIONS]);
+                [false; REGIONS]
+            }
+            Metadata::Garbage => return Err(Fault::Refused("no clone metadata".into())),
+        };
+        if let Some(mapped) = self.nodes[node].mapped.get_mut(name) {
+            mapped.bits = bits;
+            mapped.hydrating = false;
+            mapped.discards_blocked = false;
+        }
+        Ok(())
+    }
+
+    /// Swaps in a loaded table: what was held goes where the old table pointed.
+    fn resume(&mut self, node: usize, name: &str) -> Result<(), Fault> {
+        self.act()?;
+        let Some(mapped) = self.nodes[node].mapped.get_mut(name) else {
+            return Err(Fault::Refused(format!("{name} is absent")));
+        };
+        let old = mapped.live.clone();
+        let held =
+            if mapped.inactive.is_some() { std::mem::take(&mut mapped.held) } else { vec![] };
+        if let Some(Table { target: Target::Hold { device }, .. }) = old {
+            for (region, value) in held {
+                if self.write(node, device, region, value) == Io::Done(()) {
+                    self.released.push((node, region, value));
+                }
+            }
+        }
+        if let Some(mapped) = self.nodes[node].mapped.get_mut(name) {
+            mapped.suspended = false;
+            if let Some(table) = mapped.inactive.take() {
+                mapped.live = Some(table);
+            }
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, node: usize, name: &str, deferred: bool) -> Result<(), Fault> {
+        self.act()?;
+        let Some(mapped) = self.nodes[node].mapped.get(name) else { return Ok(()) };
+        let exported = self.nodes[node].exports.values().any(|number| *number == mapped.number);
+        let busy = mapped.users > 0 || exported || self.stands_on(node, mapped.number);
+        if !busy {
+            self.nodes[node].mapped.remove(name);
+            return Ok(());
+        }
+        if !deferred {
+            return Err(Fault::Busy);
+        }
+        if let Some(mapped) = self.nodes[node].mapped.get_mut(name) {
+            mapped.leaving = true;
+        }
+        Ok(())
+    }
+
+    fn make_lv(
+        &mut self,
+        node: usize,
+        name: &str,
+        bytes: u64,
+        content: [u64; REGIONS],
+    ) -> Result<String, Fault> {
+        self.act()?;
+        let number = self.free_number(node);
+        let length = Sectors::from_bytes(bytes);
+        let metadata = Metadata::Garbage;
+        let lv = Volume { number, length, active: true, now: content, stable: content, metadata };
+        let lv = self.nodes[node].lvs.entry(name.to_owned()).or_insert(lv);
+        lv.active = true;
+        Ok(format!("uuid of {name}"))
+    }
+
+    fn remove_lv(&mut self, node: usize, name: &str) -> Result<(), Fault> {
+        self.act()?;
+        let Some(lv) = self.nodes[node].lvs.get(name) else { return Ok(()) };
+        if self.stands_on(node, lv.number) {
+            return Err(Fault::Busy);
+        }
+        self.nodes[node].lvs.remove(name);
+        Ok(())
+    }
+}
