@@ -10,4 +10,4 @@ echo "$4" >/etc/machine-id
 printf 'ADDRESS=%s\nMAC=%s\n' "$2" "$3" >/etc/bed-identity
 /usr/lib/bed/network
 # The journal's directory is named after the machine.
-systemctl restart systemd-journald.service
+systemctl --no-block restart systemd-journald.service

@@ -5,13 +5,17 @@ set -eu
 
 udevadm wait --timeout=60 /sys/class/net/bed0 /sys/class/net/net0
 
-ip link set bed0 addrgenmode none
-ip link set bed0 up
-ip address replace fe80::1/64 dev bed0 nodad
+ip -batch - <<BED
+link set bed0 addrgenmode none
+link set bed0 up
+address replace fe80::1/64 dev bed0 nodad
+BED
 
 test -e /etc/bed-identity || exit 0
 . /etc/bed-identity
-ip link set net0 addrgenmode none
-ip link set net0 address "$MAC"
-ip address replace "$ADDRESS/24" dev net0
-ip link set net0 up
+ip -batch - <<NET
+link set net0 addrgenmode none
+link set net0 address $MAC
+address replace $ADDRESS/24 dev net0
+link set net0 up
+NET

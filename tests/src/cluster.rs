@@ -132,7 +132,8 @@ impl Cluster {
         self.each(|node| {
             fs::create_dir(node.machine.directory()).context("creating its directory")?;
             image.make_disks(node.machine.directory())?;
-            node.machine.start(image.boot(), Some(&image.memory()), stays)?;
+            node.machine.set_up(image.boot(), stays)?;
+            node.machine.start(Some(&image.memory()))?;
             node.take_identity()
         })?;
         if options.dmlocal { self.install() } else { Ok(()) }
@@ -311,8 +312,7 @@ impl Node {
 
     /// Gives it power again: it boots from its disks. Returns when it is up.
     pub fn start(&self) -> Result<()> {
-        let image = Image::ensure(&host::binaries().join("dmlocal-guest"))?;
-        self.machine.start(image.boot(), None, false)?;
+        self.machine.start(None)?;
         self.wait_until_up(Duration::from_secs(180))
     }
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 
 use anyhow::{Context, Result, bail};
 
@@ -15,6 +16,7 @@ const SUITE: &str = "trixie";
 /// What a node has installed beyond the essential. QEMU is there for guests
 /// inside a node.
 const PACKAGES: &[&str] = &[
+    "cpio",
     "cryptsetup-bin",
     "dbus",
     "dmsetup",
@@ -23,6 +25,7 @@ const PACKAGES: &[&str] = &[
     "initramfs-tools",
     "iproute2",
     "iputils-ping",
+    "klibc-utils",
     "kmod",
     "ktls-utils",
     "linux-image-cloud-amd64",
@@ -45,29 +48,26 @@ const MODULE_PACKAGES: &[&str] =
 /// Left out of both roots: nobody reads documentation there.
 const LEFT_OUT: &[&str] = &["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"];
 
-const BEFORE_PACKAGES: &str = include_str!("../image/before-packages.sh");
 const AFTER_PACKAGES: &str = include_str!("../image/after-packages.sh");
 const BUILD_DM_CLONE: &str = include_str!("../image/build-dm-clone.sh");
+const MAKE_INITRD: &str = include_str!("../image/make-initrd.sh");
+const INIT: &str = include_str!("../image/bed-init.sh");
 
 /// Everything that decides what is made here.
-pub(crate) const RECIPE: [&str; 4] =
-    [include_str!("debian.rs"), BEFORE_PACKAGES, AFTER_PACKAGES, BUILD_DM_CLONE];
+pub(crate) const RECIPE: [&str; 5] =
+    [include_str!("debian.rs"), AFTER_PACKAGES, BUILD_DM_CLONE, MAKE_INITRD, INIT];
 
 /// A Debian root with dm-clone, and its kernel.
 pub(crate) fn make(at: &Path) -> Result<()> {
     let mirror = mirror()?;
     let (rootfs, builder) = (at.join("rootfs"), at.join("builder"));
-    let before = script(at, "before-packages", BEFORE_PACKAGES)?;
     let after = script(at, "after-packages", AFTER_PACKAGES)?;
-    let hooks = [("--setup-hook", before), ("--customize-hook", after)]
-        .map(|(option, path)| format!("{option}='{}' \"$1\"", path.display()));
-    debootstrap(&rootfs, PACKAGES, &mirror, &hooks)?;
-    debootstrap(&builder, MODULE_PACKAGES, &mirror, &[])?;
-    script(&builder, "build-dm-clone", BUILD_DM_CLONE)?;
-    host::logged(
-        Command::new("chroot").arg(&builder).arg("/build-dm-clone"),
-        &at.join("dm-clone.log"),
-    )?;
+    // Installing packages keeps one processor busy.
+    thread::scope(|scope| {
+        let module = scope.spawn(|| make_module(&builder, &mirror));
+        let root = debootstrap(&rootfs, PACKAGES, &mirror, Some(&after));
+        root.and(module.join().unwrap_or_else(|_| bail!("building the module panicked")))
+    })?;
 
     let kernel = only_entry(&rootfs.join("usr/lib/modules"))?;
     if only_entry(&builder.join("usr/lib/modules"))? != kernel {
@@ -78,17 +78,31 @@ pub(crate) fn make(at: &Path) -> Result<()> {
     fs::copy(builder.join("dm-clone.ko"), modules.join("dm-clone.ko")).context("the module")?;
     host::output(Command::new("chroot").arg(&rootfs).args(["depmod", &kernel]))?;
     remove(&builder)?;
-    for (from, to) in [("vmlinuz", "vmlinuz"), ("initrd.img", "initrd.img")] {
-        fs::copy(rootfs.join(format!("boot/{from}-{kernel}")), at.join(to)).context(to)?;
-    }
+    script(&rootfs, "bed-init", INIT)?;
+    script(&rootfs, "make-initrd", MAKE_INITRD)?;
+    host::output(Command::new("chroot").arg(&rootfs).arg("/make-initrd"))?;
+    fs::rename(rootfs.join("initrd.img"), at.join("initrd.img")).context("the initial RAM disk")?;
+    fs::copy(rootfs.join(format!("boot/vmlinuz-{kernel}")), at.join("vmlinuz"))
+        .context("vmlinuz")?;
     Ok(())
 }
 
-fn debootstrap(root: &Path, packages: &[&str], mirror: &str, hooks: &[String]) -> Result<()> {
+/// A root of its own to build the module in: no node needs a compiler.
+fn make_module(builder: &Path, mirror: &str) -> Result<()> {
+    debootstrap(builder, MODULE_PACKAGES, mirror, None)?;
+    script(builder, "build-dm-clone", BUILD_DM_CLONE)?;
+    let mut build = Command::new("chroot");
+    build.arg(builder).arg("/build-dm-clone");
+    host::logged(&mut build, &builder.with_file_name("dm-clone.log"))
+}
+
+fn debootstrap(root: &Path, packages: &[&str], mirror: &str, hook: Option<&Path>) -> Result<()> {
     let mut command = Command::new("mmdebstrap");
     command.args(["--variant=minbase", "--aptopt=Acquire::Languages \"none\""]);
     command.args(LEFT_OUT.iter().map(|path| format!("--dpkgopt=path-exclude={path}")));
-    command.args(hooks);
+    command.args(hook.map(|path| format!("--customize-hook='{}' \"$1\"", path.display())));
+    // Debian's initial RAM disk is not used, and takes long to make.
+    command.env("INITRD", "No");
     command.arg(format!("--include={}", packages.join(",")));
     command.arg(SUITE).arg(root).arg(mirror);
     host::logged(&mut command, &root.with_extension("log"))

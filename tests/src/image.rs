@@ -129,7 +129,8 @@ fn boot_and_save(at: &Path, boot: &Boot, network: &Network) -> Result<()> {
     network.create()?;
     network.add_node('a')?;
     let node = cluster::Node::new(at, 'a', network);
-    node.machine().start(boot, None, false)?;
+    node.machine().set_up(boot, false)?;
+    node.machine().start(None)?;
     let saved = (|| {
         node.wait_until_up(Duration::from_secs(180))?;
         node.exec_with(&["sh"], IDLE.as_bytes(), Duration::from_secs(120))?.ok()?;

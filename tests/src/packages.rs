@@ -19,6 +19,7 @@ pub const NODES: &[&str] = &[
     "nasm",
     "qemu-system-x86",
     "qemu-utils",
+    "xz-utils",
 ];
 
 /// Installs those of the packages that dpkg misses. Asks the network for

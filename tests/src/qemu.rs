@@ -3,7 +3,7 @@
 //! A machine is a directory. Its process is found again through the file `pid`
 //! in it, so that several programs can work with one machine, one after another
 //! or at once. Files in it: `root.qcow2`, `pool.qcow2`, `console.log`,
-//! `qemu.log`, `qmp.sock`, `pid`, `disks.json`.
+//! `qemu.log`, `qmp.sock`, `pid`, `boot.json`, `disks.json`.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -28,7 +28,7 @@ use crate::network::{self, Network};
 const MEMORY_MIB: &str = "768";
 
 /// How the guest's instructions are run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Acceleration {
     /// By the processor.
     Kvm,
@@ -47,7 +47,7 @@ impl Acceleration {
 }
 
 /// What a machine boots.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Boot {
     /// Directory with `vmlinuz` and `initrd.img`.
     pub kernel: PathBuf,
@@ -86,14 +86,23 @@ impl Machine {
         format!("52:54:00:77:00:{:02x}", self.letter as u32)
     }
 
-    /// Switches it on: from its disks, or from a snapshot of its memory. Unless
-    /// `survives`, it goes when the terminal's programs are interrupted.
-    pub fn start(&self, boot: &Boot, memory: Option<&Path>, survives: bool) -> Result<()> {
+    /// Notes what it boots from now on, and whether it goes on when the programs
+    /// of the terminal that it was started from are interrupted.
+    pub fn set_up(&self, boot: &Boot, survives: bool) -> Result<()> {
+        fs::write(self.directory.join("boot.json"), serde_json::to_vec(&(boot, survives))?)
+            .context("noting what a machine boots")
+    }
+
+    /// Switches it on: from its disks, or from a snapshot of its memory.
+    pub fn start(&self, memory: Option<&Path>) -> Result<()> {
         if self.is_running() {
             bail!("{} is running already", self.directory.display());
         }
+        let boot = fs::read(self.directory.join("boot.json")).context("reading boot.json")?;
+        let (boot, survives): (Boot, bool) =
+            serde_json::from_slice(&boot).context("reading boot.json")?;
         let mut command = self.network.command("qemu-system-x86_64");
-        command.args(self.arguments(boot)?).current_dir(&self.directory);
+        command.args(self.arguments(&boot)?).current_dir(&self.directory);
         if let Some(memory) = memory {
             command.arg("-incoming").arg(format!("exec:cat '{}'", memory.display()));
         }
@@ -241,7 +250,7 @@ impl Machine {
         add("-qmp", "unix:qmp.sock,server=on,wait=off".into());
         add("-kernel", boot.kernel.join("vmlinuz").display().to_string());
         add("-initrd", boot.kernel.join("initrd.img").display().to_string());
-        add("-append", "console=ttyS0 root=LABEL=root rw panic=-1 quiet".into());
+        add("-append", "console=ttyS0 panic=-1 quiet".into());
         add("-device", "virtio-rng-pci,addr=02".into());
         // Nodes from one snapshot must not draw the same random numbers: the
         // kernel starts anew when this changes.

@@ -3,7 +3,9 @@
 //! It is built before anything else and installs what the rest needs, so it
 //! depends on nothing but Rust itself.
 
+mod bench;
 mod ci;
+mod demo;
 mod run;
 mod tidy;
 mod vm;

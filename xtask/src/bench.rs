@@ -1,0 +1,1 @@
+//! What `cargo xtask bench` measures, each figure a ratio within one run.

@@ -1,0 +1,1 @@
+//! The story that `cargo xtask demo` tells: a volume moves while it is written.
