@@ -234,9 +234,12 @@ impl Vg {
             check_name(name)?;
         }
 
-        // Mostly nothing exists yet.
+        // Mostly nothing exists yet, and the pool is active. Then nobody needs to
+        // wait for udev (which means two processes for each device): devices are
+        // found by number. An inactive pool is checked by a process that looks for
+        // the links, and the attempt fails.
         let all: Vec<&Wanted<'_>> = wanted.iter().collect();
-        let error = match self.run(&self.creation(&all)) {
+        let error = match self.run(&self.creation(&all, &["--noudevsync"])) {
             Ok(text) => return self.pick(&read_all_lvs(&text)?, &wanted),
             Err(error) => error,
         };
@@ -254,29 +257,30 @@ impl Vg {
                 }
             }
         }
-        if rest.len() == wanted.len() && idle.is_empty() {
-            // What failed was not that something exists.
+        if matches!(error, LvmError::NoSpace(_)) && rest.len() == wanted.len() {
             return Err(error);
         }
-        let mut lines = self.creation(&rest);
+        let mut lines = self.creation(&rest, &[]);
         if !idle.is_empty() {
             lines.insert(0, self.activation(&idle));
         }
         self.pick(&read_all_lvs(&self.run(&lines)?)?, &wanted)
     }
 
-    fn creation(&self, wanted: &[&Wanted<'_>]) -> Vec<Words> {
-        let mut lines: Vec<Words> = wanted.iter().map(|one| self.creation_of(one)).collect();
+    fn creation(&self, wanted: &[&Wanted<'_>], options: &[&str]) -> Vec<Words> {
+        let mut lines: Vec<Words> =
+            wanted.iter().map(|one| self.creation_of(one, options)).collect();
         lines.push(self.report());
         lines
     }
 
-    fn creation_of(&self, wanted: &Wanted<'_>) -> Words {
+    fn creation_of(&self, wanted: &Wanted<'_>, options: &[&str]) -> Words {
         let size = format!("{}b", wanted.size);
         let pool = format!("{}/{}", self.name, self.thin_pool);
         // Nothing looks for old signatures (-W): what a volume holds is no
         // business of this node, and dmlocal zeroes what must be zero.
-        let mut args = vec!["-y", "-qq", "-kn", "-Wn", "-n", wanted.name];
+        let mut args = options.to_vec();
+        args.extend(["-y", "-qq", "-kn", "-Wn", "-n", wanted.name]);
         for tag in std::iter::once(&LVM_TAG).chain(wanted.tags) {
             args.extend(["--addtag", tag]);
         }
@@ -676,14 +680,15 @@ mod test {
             Wanted { name, size: 1 << 30, thin: true, tags: &["t"] },
             Wanted { name: &meta, size: 4 << 20, thin: false, tags: &[] },
         ];
-        let text = script(&vg().creation(&wanted.iter().collect::<Vec<_>>())).unwrap();
+        let text =
+            script(&vg().creation(&wanted.iter().collect::<Vec<_>>(), &["--noudevsync"])).unwrap();
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[0], "#!lvm");
         assert_eq!(
             lines[1],
             format!(
-                "lvcreate --devices /dev/vdb,/dev/vdc --config backup/archive=0 -y -qq -kn -Wn \
-                 -n {name} --addtag dmlocal --addtag t -V 1073741824b -T vg0/pool"
+                "lvcreate --devices /dev/vdb,/dev/vdc --config backup/archive=0 --noudevsync -y \
+                 -qq -kn -Wn -n {name} --addtag dmlocal --addtag t -V 1073741824b -T vg0/pool"
             )
         );
         assert!(lines[2].ends_with(" --addtag dmlocal -Zn -L 4194304b vg0"), "{}", lines[2]);
