@@ -39,11 +39,12 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
         return Ok(());
     }
     run::build_for_nodes()?;
-    let scenarios = ["test", "--release", "-p", "dmlocal-testbed", "--test", "scenarios", "--"];
+    let scenarios = ["test", "--release", "--no-fail-fast", "-p", "dmlocal-testbed"];
+    let of = ["--test", "scenarios", "--test", "volumes", "--"];
     // One after another: two clusters at once would only slow each other down.
     let one_by_one = ["--ignored", "--test-threads", "1"];
     let full: &[_] = if arguments.full { &[(FULL, "yes")] } else { &[] };
-    run::cargo(&[&scenarios[..], &one_by_one, &only].concat(), full)
+    run::cargo(&[&scenarios[..], &of, &one_by_one, &only].concat(), full)
 }
 
 pub(crate) fn ci(arguments: &CiArguments) -> Result<()> {

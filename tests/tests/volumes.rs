@@ -1,0 +1,117 @@
+//! What volumes and their moves do on nodes with real kernels, told as sentences.
+//!
+//! `cargo xtask test` runs these. They share two nodes, because each scenario has
+//! to leave nothing behind; one that fails takes the nodes with it. libtest has
+//! no place to take a shared cluster down, so this program runs its scenarios by
+//! itself and understands as much of libtest's command line as is used here.
+
+#[path = "volumes/bed.rs"]
+mod bed;
+#[path = "volumes/faults.rs"]
+mod faults;
+#[path = "volumes/moves.rs"]
+mod moves;
+#[path = "volumes/refusals.rs"]
+mod refusals;
+#[path = "volumes/stays.rs"]
+mod stays;
+
+use std::env;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use bed::Bed;
+
+/// A scenario and its name, which is a sentence.
+type Scenario = (&'static str, fn(&Bed) -> Result<()>);
+
+macro_rules! scenarios {
+    ($($module:ident::$name:ident),* $(,)?) => {
+        &[$((stringify!($name), $module::$name as fn(&Bed) -> Result<()>)),*]
+    };
+}
+
+/// In this order: what most depends on comes first.
+const SCENARIOS: &[Scenario] = scenarios![
+    stays::a_new_volume_on_used_space_reads_zeros,
+    stays::an_open_descriptor_sees_an_extension,
+    moves::a_volume_moves_while_it_is_written,
+    moves::writes_overlap_with_copying,
+    moves::the_first_write_at_the_destination_switches_over,
+    moves::a_detached_volume_moves_cold_and_an_attached_one_does_not,
+    moves::an_aborted_move_leaves_the_source_writing,
+    moves::a_write_that_waits_at_the_destination_forbids_an_abort,
+    moves::discards_are_refused_until_everything_is_here,
+    moves::two_volumes_pass_each_other,
+    moves::a_volume_does_not_return_below_an_open_old_handle,
+    moves::no_host_looks_into_a_volume,
+    refusals::requests_that_make_no_sense_change_nothing,
+    refusals::requests_during_a_move_change_nothing,
+    refusals::certificates_of_other_roles_are_refused,
+    refusals::a_pool_that_is_away_is_named,
+    refusals::a_kernel_without_dm_clone_is_named,
+    faults::agents_killed_around_the_switch_go_on,
+    faults::agents_killed_while_copying_go_on,
+    faults::a_destination_that_lost_power_goes_on_copying,
+    faults::a_source_that_lost_power_is_waited_for,
+    faults::a_source_behind_a_pulled_cable_is_waited_for,
+];
+
+fn main() -> ExitCode {
+    let mut wanted = false;
+    let mut names = Vec::new();
+    let mut arguments = env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--list" => {
+                SCENARIOS.iter().for_each(|(name, _)| println!("{name}: test"));
+                return ExitCode::SUCCESS;
+            }
+            "--ignored" | "--include-ignored" => wanted = true,
+            "--test-threads" => drop(arguments.next()),
+            option if option.starts_with('-') => {}
+            name => names.push(name.to_owned()),
+        }
+    }
+    if !wanted {
+        println!("ignored: the scenarios need virtual machines: cargo xtask test");
+        return ExitCode::SUCCESS;
+    }
+    let chosen = SCENARIOS
+        .iter()
+        .filter(|(name, _)| names.is_empty() || names.iter().any(|part| name.contains(part)));
+    let (mut bed, mut failed, mut count) = (None, Vec::new(), 0);
+    for (name, scenario) in chosen {
+        let started = Instant::now();
+        let outcome = run(&mut bed, scenario);
+        count += 1;
+        let took = started.elapsed().as_secs_f64();
+        match outcome {
+            Ok(()) => println!("scenario {name} ... ok ({took:.1} s)"),
+            Err(error) => {
+                println!("scenario {name} ... FAILED ({took:.1} s)\n{error:?}\n");
+                failed.push(*name);
+                if let Some(bed) = bed.take() {
+                    bed.keep_logs(name);
+                }
+            }
+        }
+    }
+    println!("\n{} of {count} scenarios passed", count - failed.len());
+    if failed.is_empty() {
+        return ExitCode::SUCCESS;
+    }
+    println!("failed: {}", failed.join(", "));
+    ExitCode::FAILURE
+}
+
+/// Runs a scenario on the nodes that there are, or on new ones.
+fn run(bed: &mut Option<Bed>, scenario: &fn(&Bed) -> Result<()>) -> Result<()> {
+    let bed = match bed {
+        Some(bed) => bed,
+        None => bed.insert(Bed::start().context("starting the nodes")?),
+    };
+    scenario(bed)?;
+    bed.is_clean()
+}

@@ -1,0 +1,355 @@
+//! Two nodes, and words for what scenarios do on them.
+
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use dmlocal_testbed::{Cluster, Node, Options, Running, repository};
+use serde_json::Value;
+
+/// How long anything may take that should take moments.
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// How long a copy may take, with reboots in between.
+pub const LATER: Duration = Duration::from_secs(180);
+
+/// Prints whatever dmlocal has left on a node.
+const LEFT: &str = "
+    dmsetup info --columns --noheadings -o name,uuid | grep DMLOCAL-
+    lvs --noheadings -o lv_name,lv_tags @dmlocal
+    ls /sys/kernel/config/nvmet/subsystems
+    ls /sys/kernel/config/nvmet/ports
+    ls /sys/class/nvme
+    ls /dev/mapper | grep dmlocal-........-....-
+    true";
+
+/// Two nodes with dmlocal on them.
+pub struct Bed {
+    cluster: Cluster,
+}
+
+impl Bed {
+    /// Starts them.
+    pub fn start() -> Result<Bed> {
+        Ok(Bed { cluster: Cluster::start(&Options::default())? })
+    }
+
+    /// The first node, mostly the source.
+    pub fn a(&self) -> &Node {
+        &self.cluster.nodes()[0]
+    }
+
+    /// The second node, mostly the destination.
+    pub fn b(&self) -> &Node {
+        &self.cluster.nodes()[1]
+    }
+
+    /// Nothing of any volume is left on either node.
+    pub fn is_clean(&self) -> Result<()> {
+        for node in self.cluster.nodes() {
+            let left = || -> Result<String> {
+                let volumes = ctl(node, "status")?;
+                let none = volumes.as_array().is_some_and(Vec::is_empty);
+                let volumes = if none { String::new() } else { volumes.to_string() };
+                Ok(node.shell(LEFT)?.ok()? + &volumes)
+            };
+            until("nothing to be left", SOON, || {
+                let left = left()?;
+                if left.is_empty() { Ok(Ok(())) } else { Ok(Err(left)) }
+            })
+            .with_context(|| node.name())?;
+        }
+        Ok(())
+    }
+
+    /// Keeps what tells why a scenario failed.
+    pub fn keep_logs(&self, scenario: &str) {
+        let directory = repository().join("target/vm-logs").join(scenario);
+        let keep = || -> Result<()> {
+            fs::create_dir_all(&directory)?;
+            for node in self.cluster.nodes() {
+                fs::copy(node.console(), directory.join(format!("{}.console", node.name())))?;
+                let look = "journalctl --boot --no-pager; dmesg | tail -n 200; dmsetup table;
+                    dmsetup status --noflush; dmsetup info -c; dmlocalctl status --output json";
+                let look = ["sh", "-c", look];
+                let text = match node.exec_with(&look, b"", SOON) {
+                    Ok(output) => output.stdout + &output.stderr,
+                    Err(error) => format!("{error:#}"),
+                };
+                fs::write(directory.join(format!("{}.journal", node.name())), text)?;
+            }
+            Ok(())
+        };
+        match keep() {
+            Ok(()) => println!("logs of the nodes: {}", directory.display()),
+            Err(error) => println!("no logs of the nodes: {error:#}"),
+        }
+    }
+}
+
+/// Asks again and again until the answer is right; the last wrong one is told.
+pub fn until<T>(
+    what: &str,
+    limit: Duration,
+    mut ask: impl FnMut() -> Result<Result<T, String>>,
+) -> Result<T> {
+    let deadline = Instant::now() + limit;
+    loop {
+        match ask()? {
+            Ok(answer) => return Ok(answer),
+            Err(wrong) if Instant::now() > deadline => {
+                bail!("waited {limit:?} for {what}; last seen: {wrong}")
+            }
+            Err(_) => thread::sleep(Duration::from_millis(50)),
+        }
+    }
+}
+
+/// Runs dmlocalctl on a node and returns what it answers.
+pub fn ctl(node: &Node, line: &str) -> Result<Value> {
+    let argv: Vec<&str> =
+        ["dmlocalctl", "--output", "json"].into_iter().chain(line.split_whitespace()).collect();
+    let text = node.exec(&argv)?.ok().with_context(|| node.name())?;
+    serde_json::from_str(&text).with_context(|| format!("`{line}` printed {text}"))
+}
+
+/// Runs dmlocalctl on a node, expects it to be refused, and returns the reason.
+pub fn refusal(node: &Node, line: &str) -> Result<String> {
+    let argv: Vec<&str> =
+        ["dmlocalctl", "--output", "json"].into_iter().chain(line.split_whitespace()).collect();
+    let output = node.exec(&argv)?;
+    ensure!(!output.success(), "{}: `{line}` was granted: {}", node.name(), output.stdout);
+    let last = output.stderr.lines().last().unwrap_or_default();
+    let error: Value = serde_json::from_str(last)
+        .with_context(|| format!("`{line}` complained: {}", output.stderr))?;
+    let reason = error["reason"].as_str().context("a refusal without reason")?.to_owned();
+    let code = if reason == "USAGE" { 2 } else { 1 };
+    ensure!(output.status.code() == code, "`{line}` ended with {:?}", output.status);
+    Ok(reason)
+}
+
+/// Expects a refusal with that reason.
+pub fn refused(node: &Node, line: &str, reason: &str) -> Result<()> {
+    let seen = refusal(node, line)?;
+    ensure!(seen == reason, "{}: `{line}` was refused with {seen}, not {reason}", node.name());
+    Ok(())
+}
+
+/// A volume and what its writer knows of it.
+pub struct Volume {
+    /// Its id.
+    pub id: String,
+    /// Where its handle is.
+    pub device: String,
+    seed: u64,
+}
+
+impl Volume {
+    /// Creates and attaches one.
+    pub fn create(on: &Node, mib: u32) -> Result<Volume> {
+        let id = fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().to_owned();
+        let seed = u64::from_str_radix(&id[..8], 16)?;
+        let volume = Volume { device: format!("/dev/mapper/dmlocal-{id}"), id, seed };
+        ctl(on, &format!("volume create {} --size {mib}MiB", volume.id))?;
+        let attached = ctl(on, &format!("volume attach {}", volume.id))?;
+        ensure!(attached["device_path"] == volume.device.as_str(), "{attached}");
+        Ok(volume)
+    }
+
+    /// Creates one with the writer's pattern everywhere.
+    pub fn create_full(on: &Node, mib: u32) -> Result<Volume> {
+        let volume = Volume::create(on, mib)?;
+        let seed = volume.seed.to_string();
+        on.exec(&["dmlocal-writer", "fill", "--device", &volume.device, "--seed", &seed])?.ok()?;
+        Ok(volume)
+    }
+
+    /// What the node says of it; none when it has no such volume.
+    pub fn status(&self, on: &Node) -> Result<Option<Value>> {
+        let argv = ["dmlocalctl", "--output", "json", "status", &self.id];
+        let output = on.exec(&argv)?;
+        if output.stderr.contains("VOLUME_NOT_FOUND") {
+            return Ok(None);
+        }
+        let volumes: Value = serde_json::from_str(&output.ok()?)?;
+        Ok(Some(volumes[0].clone()))
+    }
+
+    /// Waits until its state there is that; returns what the node says of it.
+    pub fn wait_for(&self, on: &Node, state: &str, limit: Duration) -> Result<Value> {
+        let what = format!("{} to be {state} on {}", self.id, on.name());
+        self.wait_until(on, &what, limit, |volume| volume["state"] == state)
+    }
+
+    /// Waits until what the node says of it is right.
+    pub fn wait_until(
+        &self,
+        on: &Node,
+        what: &str,
+        limit: Duration,
+        is_right: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
+        until(what, limit, || match self.status(on)? {
+            Some(volume) if is_right(&volume) => Ok(Ok(volume)),
+            Some(volume) if volume["state"] == "failed" => bail!("it failed: {volume}"),
+            Some(volume) => Ok(Err(volume.to_string())),
+            None => Ok(Err("no such volume".to_owned())),
+        })
+    }
+
+    /// Waits until the node has no such volume.
+    pub fn wait_until_gone(&self, on: &Node) -> Result<()> {
+        let what = format!("{} to leave {}", self.id, on.name());
+        until(&what, SOON, || Ok(self.status(on)?.map_or(Ok(()), |left| Err(left.to_string()))))
+    }
+
+    /// Starts a move, with what else belongs on its command line.
+    pub fn start_move(&self, from: &Node, to: &Node, flags: &str) -> Result<Value> {
+        ctl(to, &self.move_line(from, to, flags))
+    }
+
+    /// The command line of a move.
+    pub fn move_line(&self, from: &Node, to: &Node, flags: &str) -> String {
+        let (id, from, to) = (&self.id, from.name(), to.name());
+        format!("volume move {id} --from https://{from}:7450 --to https://{to}:7450 {flags}")
+    }
+
+    /// Moves it with a hold and switches, with copying slowed down to that rate.
+    pub fn move_slowly(&self, from: &Node, to: &Node, bytes_per_s: u64) -> Result<()> {
+        self.start_move(from, to, "--hold --wait")?;
+        self.set_rate(to, bytes_per_s)?;
+        ctl(to, &format!("volume switch {}", self.id))?;
+        let volume = self.status(to)?.context("the volume is not there")?;
+        let (state, percent) = (&volume["state"], volume["percent"].as_f64());
+        ensure!(state == "hydrating" && percent.is_some_and(|p| p < 60.0), "{volume}");
+        Ok(())
+    }
+
+    /// Limits copying; 0 is no limit.
+    pub fn set_rate(&self, on: &Node, bytes_per_s: u64) -> Result<()> {
+        ctl(on, &format!("hydration set {} --rate {bytes_per_s}", self.id)).map(drop)
+    }
+
+    /// Lets it arrive, and the source let go.
+    pub fn finish_move(&self, from: &Node, to: &Node) -> Result<()> {
+        // The copy may be over by now.
+        let _ = self.set_rate(to, 0);
+        let volume = self.wait_for(to, "local", LATER)?;
+        ensure!(volume["source_node"].is_null(), "{volume}");
+        self.wait_until_gone(from)
+    }
+
+    /// Checks every byte.
+    pub fn verify(&self, on: &Node) -> Result<()> {
+        let state = self.state();
+        let argv = ["dmlocal-writer", "verify", "--device", &self.device, "--state", &state];
+        on.exec(&argv)?.ok().with_context(|| on.name()).map(drop)
+    }
+
+    /// Detaches and deletes it.
+    pub fn delete(&self, on: &Node) -> Result<()> {
+        on.shell(&format!("rm -f {} {}", self.state(), self.go()))?.ok()?;
+        ctl(on, &format!("volume detach {}", self.id))?;
+        ctl(on, &format!("volume delete {}", self.id)).map(drop)
+    }
+
+    /// Starts to write it, or goes on with that.
+    pub fn write(&self, on: &Node, flags: &str) -> Result<Writer> {
+        let (device, state, go, seed) = (&self.device, self.state(), self.go(), self.seed);
+        on.shell(&format!("touch {go}"))?.ok()?;
+        let line = format!(
+            "dmlocal-writer run --device {device} --state {state} --seed {seed} \
+             --until-file-gone {go} {flags}"
+        );
+        let argv: Vec<&str> = line.split_whitespace().collect();
+        let running = on.spawn(&argv)?;
+        running.wait_for_text("started", SOON)?;
+        Ok(Writer { running, go })
+    }
+
+    /// Takes what the writer knows to another node.
+    pub fn carry_state(&self, from: &Node, to: &Node) -> Result<()> {
+        let state = self.state();
+        let text = from.exec(&["base64", &state])?.ok()?;
+        let unpack = format!("base64 --decode >{state}");
+        to.exec_with(&["sh", "-c", &unpack], text.as_bytes(), SOON)?.ok()?;
+        from.exec(&["rm", &state])?.ok().map(drop)
+    }
+
+    fn state(&self) -> String {
+        format!("/root/{}.state", self.id)
+    }
+
+    fn go(&self) -> String {
+        format!("/root/{}.go", self.id)
+    }
+}
+
+/// A writer at work. Any wrong block and any failed request ends it.
+pub struct Writer {
+    running: Running,
+    go: String,
+}
+
+impl Writer {
+    /// How many requests it has told of.
+    pub fn requests(&self) -> u64 {
+        let text = self.running.stdout();
+        let mut told = text.lines().rev().filter_map(|line| line.strip_suffix(" requests"));
+        told.next().and_then(|number| number.parse().ok()).unwrap_or(0)
+    }
+
+    /// Whether it has ended, which it should not before it is stopped.
+    pub fn check(&self) -> Result<()> {
+        ensure!(!self.running.has_ended(), "the writer ended: {}", self.running.stderr());
+        Ok(())
+    }
+
+    /// Waits until it has done some more.
+    pub fn progress(&self) -> Result<()> {
+        let before = self.requests();
+        until("the writer to go on", LATER, || {
+            self.check()?;
+            let now = self.requests();
+            Ok(if now > before { Ok(()) } else { Err(format!("{now} requests")) })
+        })
+    }
+
+    /// Waits until it has written once.
+    pub fn wait_for_first_write(&self) -> Result<()> {
+        self.running.wait_for_text("first write after", SOON)
+    }
+
+    /// Whether it has written once.
+    pub fn has_written(&self) -> bool {
+        self.running.stdout().contains("first write after")
+    }
+
+    /// Stops it; fails if anything was wrong so far.
+    pub fn stop(self, on: &Node) -> Result<String> {
+        on.exec(&["rm", "-f", &self.go])?.ok()?;
+        self.running.wait(SOON)?.ok()
+    }
+
+    /// It was cut off together with its node.
+    pub fn lost(self) {
+        self.running.kill();
+    }
+}
+
+/// Kills a node's agent as hard as it goes and waits until it is back.
+pub fn kill_agent(node: &Node) -> Result<()> {
+    let pid = "systemctl show --property MainPID --value dmlocald";
+    let before = node.shell(pid)?.ok()?;
+    node.exec(&["kill", "-KILL", &before])?.ok()?;
+    agent_answers(node, &before)
+}
+
+fn agent_answers(node: &Node, before: &str) -> Result<()> {
+    until(&format!("the agent of {}", node.name()), SOON, || {
+        let pid = node.shell("systemctl show --property MainPID --value dmlocald")?.ok()?;
+        let shown = node.exec(&["dmlocalctl", "node", "show"])?;
+        Ok(if shown.success() && pid != before { Ok(()) } else { Err(shown.stderr) })
+    })
+}

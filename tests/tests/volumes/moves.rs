@@ -1,0 +1,260 @@
+//! Moves that nothing disturbs, and what must not happen during one.
+
+use anyhow::{Context, Result, ensure};
+
+use crate::bed::{Bed, LATER, SOON, Volume, ctl, refusal, refused, until};
+
+const MIB: u64 = 1 << 20;
+
+pub fn a_volume_moves_while_it_is_written(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    let writer = volume.write(a, "")?;
+    writer.progress()?;
+
+    let held = volume.start_move(a, b, "--hold --wait")?;
+    ensure!(held["state"] == "held" && held["attached"] == true, "{held}");
+    ensure!(held["device_path"] == volume.device.as_str(), "{held}");
+    ensure!(held["source_node"] == "node-a", "{held}");
+    let published = volume.status(a)?.context("the source has no such volume")?;
+    ensure!(published["state"] == "published", "{published}");
+    ensure!(published["peer_node"] == "node-b", "{published}");
+    writer.progress()?;
+    writer.stop(a)?;
+    volume.carry_state(a, b)?;
+    volume.set_rate(b, MIB)?;
+
+    let usable = ctl(b, &format!("volume switch {}", volume.id))?;
+    ensure!(usable["state"] == "hydrating", "{usable}");
+    ensure!(usable["generation"] == published["generation"].as_u64().unwrap_or(0) + 1, "{usable}");
+    ensure!(usable["percent"].as_f64().is_some_and(|percent| percent < 50.0), "{usable}");
+    let writer = volume.write(b, "")?;
+    writer.wait_for_first_write()?;
+    writer.progress()?;
+    volume.finish_move(a, b)?;
+    refused(a, &format!("volume show {}", volume.id), "VOLUME_NOT_FOUND")?;
+    writer.progress()?;
+    writer.stop(b)?;
+    volume.verify(b)?;
+    let table = b.exec(&["dmsetup", "table", &volume.device])?.ok()?;
+    ensure!(table.contains("linear") && table.lines().count() == 1, "{table}");
+    volume.delete(b)
+}
+
+pub fn writes_overlap_with_copying(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    volume.move_slowly(a, b, MIB)?;
+    let writer = volume.write(b, "")?;
+    let percent = || -> Result<f64> {
+        let seen = volume.status(b)?.context("the volume is gone")?;
+        seen["percent"].as_f64().with_context(|| format!("no percent in {seen}"))
+    };
+    writer.progress()?;
+    let before = percent()?;
+    // Copying goes on while it is written, and is not over before it was written.
+    until("copying to go on", LATER, || {
+        writer.check()?;
+        let now = percent()?;
+        Ok(if now > before + 5.0 { Ok(()) } else { Err(format!("{now} %")) })
+    })?;
+    writer.progress()?;
+    let state = volume.status(b)?.context("the volume is gone")?;
+    ensure!(state["state"] == "hydrating", "{state}");
+    volume.finish_move(a, b)?;
+    writer.progress()?;
+    writer.stop(b)?;
+    volume.verify(b)?;
+    volume.delete(b)
+}
+
+pub fn the_first_write_at_the_destination_switches_over(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    volume.write(a, "--count 100")?.stop(a)?;
+    volume.start_move(a, b, "--hold --wait")?;
+    volume.set_rate(b, MIB)?;
+    volume.carry_state(a, b)?;
+    // Reading is no signal.
+    volume.verify(b)?;
+    ensure!(volume.status(b)?.is_some_and(|seen| seen["state"] == "held"));
+
+    let writer = volume.write(b, "")?;
+    writer.wait_for_first_write()?;
+    volume.wait_for(b, "hydrating", SOON)?;
+    let fenced = volume.status(a)?.context("the source has no such volume")?;
+    ensure!(fenced["state"] == "fenced", "{fenced}");
+    let write = format!("oflag=direct if=/dev/zero bs=4096 count=1 of={}", volume.device);
+    let dd: Vec<&str> = ["dd"].into_iter().chain(write.split_whitespace()).collect();
+    ensure!(!a.exec(&dd)?.success(), "the fenced source takes writes");
+    volume.finish_move(a, b)?;
+    writer.stop(b)?;
+    volume.verify(b)?;
+    volume.delete(b)
+}
+
+pub fn a_detached_volume_moves_cold_and_an_attached_one_does_not(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    volume.write(a, "--count 200")?.stop(a)?;
+    refused(b, &volume.move_line(a, b, ""), "VOLUME_ATTACHED")?;
+    ensure!(volume.status(b)?.is_none(), "a refused move left something behind");
+    volume.verify(a)?;
+
+    ctl(a, &format!("volume detach {}", volume.id))?;
+    volume.carry_state(a, b)?;
+    let usable = volume.start_move(a, b, "")?;
+    ensure!(usable["device_path"] == volume.device.as_str(), "{usable}");
+    let writer = volume.write(b, "")?;
+    volume.finish_move(a, b)?;
+    writer.stop(b)?;
+    volume.verify(b)?;
+    volume.delete(b)
+}
+
+pub fn an_aborted_move_leaves_the_source_writing(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    let writer = volume.write(a, "")?;
+    // The second time as if the first had never been.
+    for _ in 0..2 {
+        volume.start_move(a, b, "--hold --wait")?;
+        ctl(b, &format!("volume abort {}", volume.id))?;
+        volume.wait_until_gone(b)?;
+        let local = volume.wait_for(a, "local", SOON)?;
+        ensure!(local["attached"] == true && local["generation"] == 1, "{local}");
+        writer.progress()?;
+    }
+    writer.stop(a)?;
+    volume.verify(a)?;
+    volume.delete(a)
+}
+
+pub fn a_write_that_waits_at_the_destination_forbids_an_abort(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    volume.write(a, "--count 50")?.stop(a)?;
+    volume.carry_state(a, b)?;
+    volume.start_move(a, b, "--hold --wait")?;
+    a.exec(&["systemctl", "stop", "dmlocald"])?.ok()?;
+    let writer = volume.write(b, "")?;
+    volume.wait_until(b, "the write to wait", SOON, |seen| {
+        seen["held_writes"].as_u64().is_some_and(|count| count > 0)
+    })?;
+    let reason = refusal(b, &format!("--timeout 20 volume abort {}", volume.id))?;
+    let right = ["WRITTEN_AT_DESTINATION", "GRANT_FENCED"];
+    ensure!(right.contains(&reason.as_str()), "refused with {reason}");
+    ensure!(!writer.has_written(), "a write was acknowledged before the source was fenced");
+    a.exec(&["systemctl", "start", "dmlocald"])?.ok()?;
+    writer.wait_for_first_write()?;
+    volume.finish_move(a, b)?;
+    writer.stop(b)?;
+    volume.verify(b)?;
+    volume.delete(b)
+}
+
+pub fn discards_are_refused_until_everything_is_here(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    volume.write(a, "--count 50")?.stop(a)?;
+    volume.carry_state(a, b)?;
+    volume.move_slowly(a, b, MIB)?;
+    let device = &volume.device;
+    let limit =
+        format!("cat /sys/block/$(basename $(readlink -f {device}))/queue/discard_max_bytes");
+    let discard = format!("blkdiscard --offset 4194304 --length 1048576 {device}");
+    ensure!(b.shell(&limit)?.ok()? == "0", "the handle advertises discards");
+    ensure!(!b.shell(&discard)?.success(), "a discard was taken");
+    volume.verify(b)?;
+    volume.finish_move(a, b)?;
+    volume.verify(b)?;
+    ensure!(b.shell(&limit)?.ok()? != "0", "the handle never takes discards again");
+    b.shell(&discard)?.ok()?;
+    let zeros = format!("cmp --bytes 1048576 --ignore-initial 4194304:0 {device} /dev/zero");
+    b.shell(&zeros)?.ok()?;
+    volume.delete(b)
+}
+
+pub fn two_volumes_pass_each_other(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let (there, back) = (Volume::create_full(a, 32)?, Volume::create_full(b, 32)?);
+    there.start_move(a, b, "--hold")?;
+    back.start_move(b, a, "--hold")?;
+    there.set_rate(b, 2 * MIB)?;
+    back.set_rate(a, 2 * MIB)?;
+    let (one, two) = (there.write(b, "")?, back.write(a, "")?);
+    one.wait_for_first_write()?;
+    two.wait_for_first_write()?;
+    there.finish_move(a, b)?;
+    back.finish_move(b, a)?;
+    one.stop(b)?;
+    two.stop(a)?;
+    there.verify(b)?;
+    back.verify(a)?;
+    there.delete(b)?;
+    back.delete(a)
+}
+
+pub fn a_volume_does_not_return_below_an_open_old_handle(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    volume.write(a, "--count 50")?.stop(a)?;
+    volume.carry_state(a, b)?;
+    let stays = format!("exec 3<{}; echo open; exec sleep infinity", volume.device);
+    let user = a.spawn(&["sh", "-c", &stays])?;
+    user.wait_for_text("open", SOON)?;
+
+    volume.start_move(a, b, "--hold --wait")?;
+    let writer = volume.write(b, "")?;
+    volume.finish_move(a, b)?;
+    refused(b, &volume.move_line(b, a, "--hold"), "HANDLE_IN_USE")?;
+    let local = volume.wait_for(b, "local", SOON)?;
+    ensure!(local["peer_node"].is_null(), "{local}");
+    ensure!(volume.status(a)?.is_none(), "a refused move left something behind");
+    writer.progress()?;
+    writer.stop(b)?;
+
+    user.kill();
+    until("the old handle to go", SOON, || {
+        let left = a.shell("dmsetup info -c --noheadings -o uuid | grep DMLOCAL-")?;
+        Ok(if left.success() { Err(left.stdout) } else { Ok(()) })
+    })?;
+    volume.start_move(b, a, "--hold --wait")?;
+    volume.carry_state(b, a)?;
+    let writer = volume.write(a, "")?;
+    volume.finish_move(b, a)?;
+    writer.stop(a)?;
+    volume.verify(a)?;
+    let back = volume.status(a)?.context("the volume is not there")?;
+    ensure!(back["generation"] == 3, "{back}");
+    volume.delete(a)
+}
+
+pub fn no_host_looks_into_a_volume(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create(a, 32)?;
+    // What a guest would have made in its disk.
+    let inside = format!(
+        "set -e
+        truncate --size 24M /root/guest.img
+        loop=$(losetup --show --find /root/guest.img)
+        vgcreate --quiet guest $loop
+        lvcreate --quiet --yes --wipesignatures n --size 8M --name inner guest
+        vgchange --quiet --activate n guest
+        losetup --detach $loop
+        dd if=/root/guest.img of={} bs=1M oflag=direct status=none
+        rm /root/guest.img",
+        volume.device
+    );
+    a.shell(&inside)?.ok()?;
+    volume.move_slowly(a, b, MIB)?;
+    for node in [a, b] {
+        // As events of udev's would.
+        node.shell("udevadm trigger --subsystem-match=block --action=change; udevadm settle")?
+            .ok()?;
+        let seen = node.shell("pvs -a; vgs; lvs -a; dmsetup ls")?.ok()?;
+        ensure!(!seen.contains("guest"), "{} looks into the volume:\n{seen}", node.name());
+    }
+    volume.finish_move(a, b)?;
+    volume.delete(b)
+}
