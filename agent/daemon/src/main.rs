@@ -8,6 +8,8 @@ mod reconcile;
 mod rpc;
 mod service;
 mod store;
+#[cfg(test)]
+mod story;
 
 use std::{path::PathBuf, sync::Arc};
 

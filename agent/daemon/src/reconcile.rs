@@ -46,14 +46,14 @@ const MAX_ACTIONS: usize = 100;
 const HELD_POLL: Duration = Duration::from_millis(10);
 
 /// How often everything about a held volume is looked at.
-const HELD_LOOK: Duration = Duration::from_secs(1);
+const HELD_LOOK: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 1000 });
 
 /// How often a copy is looked at; a clone that fails must be noticed within a
 /// second.
-const COPY_LOOK: Duration = Duration::from_millis(250);
+const COPY_LOOK: Duration = Duration::from_millis(if cfg!(test) { 5 } else { 250 });
 
 /// How long after a failure the same is tried again.
-const RETRY: Duration = Duration::from_secs(1);
+const RETRY: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 1000 });
 
 /// What went wrong: one variant per kind of answer.
 #[derive(Debug, thiserror::Error)]
@@ -785,6 +785,9 @@ fn name_of(step: &Step) -> String {
 fn describe(record: &Record, rest: Rest) -> String {
     if let Some(failure) = record.receiving().and_then(|receiving| receiving.failure.as_ref()) {
         return failure.why.clone();
+    }
+    if record.receiving().is_some_and(|receiving| receiving.stage == ReceivingStage::Refused) {
+        return "the source has withdrawn its grant: only an abort is left".to_owned();
     }
     match rest {
         Rest::Wait(Wait::Pool) => "the pool's logical volumes are not active".to_owned(),

@@ -95,13 +95,14 @@ impl Service {
         let pool = self.pool_name(pool)?;
         self.volumes
             .with(id, async |slot, work| {
-                let begun = self.change(id, slot, work, Room::In(&pool), |known| {
-                    if known.handle.is_some() && known.record.is_none() {
-                        return Err(left_over(id));
-                    }
-                    admit::create(known.record, id, size, known.room()?, Uuid::new_v4())
-                })
-                .await?;
+                let begun = self
+                    .change(id, slot, work, Room::In(&pool), |known| {
+                        if known.handle.is_some() && known.record.is_none() {
+                            return Err(left_over(id));
+                        }
+                        admit::create(known.record, id, size, known.room()?, Uuid::new_v4())
+                    })
+                    .await?;
                 let outcome = self.volumes.converge(slot, work).await;
                 self.undo(slot, work, begun, outcome, Event::DeleteAsked).await
             })
@@ -222,10 +223,11 @@ impl Service {
                 // Ports are given out under this lock, and to the journal.
                 let placing = self.placement.lock().await;
                 let request = GrantRequest { to, host_nqn, hold, export: self.new_export() };
-                let begun = self.change(id, slot, work, Room::None, |known| {
-                    admit::grant(known.record(id)?, request, &node, boot, spent.as_ref())
-                })
-                .await?;
+                let begun = self
+                    .change(id, slot, work, Room::None, |known| {
+                        admit::grant(known.record(id)?, request, &node, boot, spent.as_ref())
+                    })
+                    .await?;
                 drop(placing);
                 let outcome = self.volumes.converge(slot, work).await;
                 self.undo(slot, work, begun, outcome, Event::RevokeAsked).await?;
@@ -249,18 +251,19 @@ impl Service {
             Peer { node: offer.source.node.clone(), endpoint: offer.source.endpoint.clone() };
         self.volumes
             .with(id, async |slot, work| {
-                let begun = self.change(id, slot, work, Room::In(&pool), |known| {
-                    let handle = known.handle.as_ref();
-                    admit::receive(
-                        known.record,
-                        offer,
-                        known.room()?,
-                        handle,
-                        &node,
-                        spent.as_ref(),
-                    )
-                })
-                .await?;
+                let begun = self
+                    .change(id, slot, work, Room::In(&pool), |known| {
+                        let handle = known.handle.as_ref();
+                        admit::receive(
+                            known.record,
+                            offer,
+                            known.room()?,
+                            handle,
+                            &node,
+                            spent.as_ref(),
+                        )
+                    })
+                    .await?;
                 // The fence comes soon: the connection can be made meanwhile.
                 let peers = Arc::clone(&self.volumes.peers);
                 tokio::spawn(async move { peers.prepare(&peer).await });

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use uuid::Uuid;
 
 use crate::{
-    name::Role,
+    name::{DmName, Generation, Role, VolumeId},
     plan::{self, Device, Import, Presence, Seen, Step},
     table::{CloneStatus, Table, Target},
     units::{DevNo, Sectors},
@@ -86,6 +86,18 @@ struct Mapped {
     held: Vec<(usize, u64)>,
 }
 
+impl Mapped {
+    fn seen(&self) -> Device {
+        Device {
+            number: self.number,
+            table: self.live.clone(),
+            suspended: self.suspended,
+            open_count: self.users,
+            leaving: self.leaving,
+        }
+    }
+}
+
 /// One node's kernel and disks.
 #[derive(Debug, Clone)]
 pub struct Node {
@@ -110,6 +122,8 @@ pub struct World {
     pub network: bool,
     /// Actions until the crash; none for no crash.
     pub fuse: Option<usize>,
+    /// Actions until one that fails, once.
+    pub fault: Option<usize>,
     /// Held writes that a swap has let through and acknowledged: node, region,
     /// value.
     pub released: Vec<(usize, usize, u64)>,
@@ -119,8 +133,14 @@ pub struct World {
 impl World {
     /// A world of so many nodes, with nothing on them.
     pub fn new(nodes: usize) -> Self {
-        let mut world =
-            Self { nodes: Vec::new(), network: true, fuse: None, released: vec![], serial: 1 };
+        let mut world = Self {
+            nodes: Vec::new(),
+            network: true,
+            fuse: None,
+            fault: None,
+            released: vec![],
+            serial: 1,
+        };
         for _ in 0..nodes {
             let boot = world.unique();
             world.nodes.push(Node {
@@ -172,8 +192,16 @@ impl World {
     /// One action, or the crash before it.
     ///
     /// # Errors
-    /// The crash.
+    /// The crash, or the fault that was asked for.
     pub fn act(&mut self) -> Result<(), Fault> {
+        match &mut self.fault {
+            Some(0) => {
+                self.fault = None;
+                return Err(Fault::Refused("a fault was asked for".into()));
+            }
+            Some(left) => *left -= 1,
+            None => {}
+        }
         match &mut self.fuse {
             Some(0) => Err(Fault::Crash),
             Some(left) => {
@@ -244,6 +272,24 @@ impl World {
             if users == 0 && mapped.leaving {
                 self.nodes[node].mapped.remove(&name);
             }
+        }
+    }
+
+    /// The handle of a volume, whatever its record says.
+    pub fn handle(&self, node: usize, id: VolumeId) -> Option<Device> {
+        let name = DmName::new(id, Generation::FIRST, Role::Handle).name;
+        self.nodes[node].mapped.get(&name).map(Mapped::seen)
+    }
+
+    /// Commits the clone's metadata.
+    pub fn commit(&mut self, node: usize, record: &Record) {
+        let clone = self.nodes[node].mapped.get(&plan::dm_name(record, Role::Clone).name);
+        let target = clone.and_then(|clone| match clone.live.as_ref()?.target {
+            Target::Clone { meta, dest, .. } => Some((clone.number, meta, dest)),
+            _ => None,
+        });
+        if let Some((clone, meta, dest)) = target {
+            self.commit_clone(node, clone, meta, dest);
         }
     }
 
@@ -420,16 +466,7 @@ impl World {
             let lv = here.lvs.get(name).filter(|lv| lv.active)?;
             Some(plan::Lv { device: lv.number, length: lv.length })
         };
-        let device = |role| {
-            let mapped = here.mapped.get(&plan::dm_name(record, role).name)?;
-            Some(Device {
-                number: mapped.number,
-                table: mapped.live.clone(),
-                suspended: mapped.suspended,
-                open_count: mapped.users,
-                leaving: mapped.leaving,
-            })
-        };
+        let device = |role| here.mapped.get(&plan::dm_name(record, role).name).map(Mapped::seen);
         let clone = here.mapped.get(&plan::dm_name(record, Role::Clone).name);
         let is_clone = |mapped: &&Mapped| {
             matches!(mapped.live, Some(Table { target: Target::Clone { .. }, .. }))

@@ -91,13 +91,13 @@ impl Caller {
     ///
     /// # Errors
     /// An agent's certificate without a node.
-    pub(super) fn acting_for(&self, any: &[Role]) -> Result<Option<&str>, Status> {
+    pub(super) fn acting_for(&self, any: &[Role]) -> Result<Option<String>, Status> {
         if self.roles.iter().any(|role| any.contains(role)) {
             return Ok(None);
         }
         self.must_be(&[Role::Agent])?;
         match &self.node {
-            Some(node) => Ok(Some(node)),
+            Some(node) => Ok(Some(node.clone())),
             None => Err(forbidden("an agent's certificate must name its node")),
         }
     }

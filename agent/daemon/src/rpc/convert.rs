@@ -157,6 +157,7 @@ fn state(view: &View) -> v1::VolumeState {
             | ReceivingStage::Zeroing
             | ReceivingStage::Assembling
             | ReceivingStage::Held
+            | ReceivingStage::Refused
             | ReceivingStage::Switching => S::Held,
             ReceivingStage::Hydrating if view.stalled_since.is_some() => S::Stalled,
             ReceivingStage::Hydrating => S::Hydrating,
@@ -223,7 +224,8 @@ pub(super) fn volume(view: &View) -> v1::Volume {
         stalled_since_s: view.stalled_since.map(seconds),
         held_writes: receiving
             .filter(|receiving| {
-                matches!(receiving.stage, ReceivingStage::Held | ReceivingStage::Switching)
+                use ReceivingStage as S;
+                matches!(receiving.stage, S::Held | S::Refused | S::Switching)
             })
             .map(|_| view.seen.as_ref().map_or(0, |seen| seen.held)),
     }

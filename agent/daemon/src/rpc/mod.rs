@@ -17,7 +17,7 @@ use tokio_stream::{
 };
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig, server::Router};
 
-use crate::{config::Config, service::Service};
+use crate::{config::Config, reconcile::ServiceError, service::Service};
 
 /// Messages are small; a large one is a mistake or an attack.
 const MAX_MESSAGE: usize = 1 << 20;
@@ -26,6 +26,17 @@ const MAX_MESSAGE: usize = 1 << 20;
 #[derive(Clone)]
 struct Face {
     service: Arc<Service>,
+}
+
+/// Runs a change in a task of its own: a caller that hangs up ends only its own
+/// waiting, never a change half-way.
+async fn whole<T: Send + 'static>(
+    change: impl Future<Output = Result<T, ServiceError>> + Send + 'static,
+) -> Result<T, tonic::Status> {
+    match tokio::spawn(change).await {
+        Ok(outcome) => outcome.map_err(status::status),
+        Err(error) => Err(status::status(error.into())),
+    }
 }
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, tonic::Status>> + Send>>;

@@ -1,5 +1,7 @@
 //! The Moves service.
 
+use std::sync::Arc;
+
 use dmlocal_model::{admit::Change, volume::Borrower};
 use dmlocal_proto::v1;
 use tonic::{Request, Response, Status, async_trait};
@@ -9,6 +11,7 @@ use super::{
     auth::{Caller, Role},
     convert,
     status::status,
+    whole,
 };
 use crate::reconcile::ServiceError;
 
@@ -17,7 +20,8 @@ const ROLES: [Role; 2] = [Role::Driver, Role::Operator];
 impl Face {
     async fn tuned(&self, id: &str, change: Change) -> Result<Response<v1::Volume>, Status> {
         let id = convert::volume_id(id).map_err(status)?;
-        let view = self.service.tune(id, change).await.map_err(status)?;
+        let service = Arc::clone(&self.service);
+        let view = whole(async move { service.tune(id, change).await }).await?;
         Ok(Response::new(convert::volume(&view)))
     }
 }
@@ -44,7 +48,9 @@ impl v1::moves_server::Moves for Face {
                 problem: "is not configured here: no other node could reach this one".into(),
             }));
         };
-        let granted = self.service.grant(id, to, host_nqn, request.hold).await.map_err(status)?;
+        let service = Arc::clone(&self.service);
+        let granted =
+            whole(async move { service.grant(id, to, host_nqn, request.hold).await }).await?;
         let grant = convert::grant(&granted.record, &config.node, endpoint)
             .ok_or_else(|| status(ServiceError::Internal("the grant is gone".into())))?;
         Ok(Response::new(grant))
@@ -61,7 +67,8 @@ impl v1::moves_server::Moves for Face {
         })?;
         let node = &self.service.volumes.config.node;
         let offer = convert::offer(grant, node).map_err(status)?;
-        let view = self.service.receive(offer, &request.pool).await.map_err(status)?;
+        let service = Arc::clone(&self.service);
+        let view = whole(async move { service.receive(offer, &request.pool).await }).await?;
         Ok(Response::new(convert::volume(&view)))
     }
 
@@ -71,7 +78,8 @@ impl v1::moves_server::Moves for Face {
     ) -> Result<Response<v1::Volume>, Status> {
         Caller::of(&request)?.must_be(&ROLES)?;
         let id = convert::volume_id(&request.into_inner().id).map_err(status)?;
-        let view = self.service.switch(id).await.map_err(status)?;
+        let service = Arc::clone(&self.service);
+        let view = whole(async move { service.switch(id).await }).await?;
         Ok(Response::new(convert::volume(&view)))
     }
 
@@ -81,7 +89,8 @@ impl v1::moves_server::Moves for Face {
     ) -> Result<Response<v1::AbortResponse>, Status> {
         Caller::of(&request)?.must_be(&ROLES)?;
         let id = convert::volume_id(&request.into_inner().id).map_err(status)?;
-        self.service.abort(id).await.map_err(status)?;
+        let service = Arc::clone(&self.service);
+        whole(async move { service.abort(id).await }).await?;
         Ok(Response::new(v1::AbortResponse {}))
     }
 
@@ -128,7 +137,9 @@ impl v1::moves_server::Moves for Face {
         let id = convert::volume_id(&request.volume_id).map_err(status)?;
         let claim = convert::claim(&request.grant_id, &request.incarnation, request.generation)
             .map_err(status)?;
-        let size_bytes = self.service.fence(id, &claim, node).await.map_err(status)?;
+        let service = Arc::clone(&self.service);
+        let size_bytes =
+            whole(async move { service.fence(id, &claim, node.as_deref()).await }).await?;
         Ok(Response::new(v1::FenceResponse { size_bytes }))
     }
 
@@ -142,7 +153,8 @@ impl v1::moves_server::Moves for Face {
         let id = convert::volume_id(&request.volume_id).map_err(status)?;
         let claim = convert::claim(&request.grant_id, &request.incarnation, request.generation)
             .map_err(status)?;
-        self.service.release(id, &claim, node).await.map_err(status)?;
+        let service = Arc::clone(&self.service);
+        whole(async move { service.release(id, &claim, node.as_deref()).await }).await?;
         Ok(Response::new(v1::ReleaseResponse {}))
     }
 
@@ -155,7 +167,8 @@ impl v1::moves_server::Moves for Face {
         let request = request.into_inner();
         let id = convert::volume_id(&request.volume_id).map_err(status)?;
         let grant = convert::uuid("grant_id", &request.grant_id).map_err(status)?;
-        self.service.revoke(id, grant, node).await.map_err(status)?;
+        let service = Arc::clone(&self.service);
+        whole(async move { service.revoke(id, grant, node.as_deref()).await }).await?;
         Ok(Response::new(v1::RevokeResponse {}))
     }
 

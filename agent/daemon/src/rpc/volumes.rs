@@ -1,5 +1,7 @@
 //! The Volumes service.
 
+use std::sync::Arc;
+
 use dmlocal_model::name::Generation;
 use dmlocal_proto::v1;
 use tonic::{Request, Response, Status, async_trait};
@@ -9,6 +11,7 @@ use super::{
     auth::{Caller, Role},
     convert,
     status::status,
+    whole,
 };
 
 const ROLES: [Role; 2] = [Role::Driver, Role::Operator];
@@ -22,8 +25,9 @@ impl v1::volumes_server::Volumes for Face {
         Caller::of(&request)?.must_be(&ROLES)?;
         let request = request.into_inner();
         let id = convert::volume_id(&request.id).map_err(status)?;
-        let view =
-            self.service.create(id, request.size_bytes, &request.pool).await.map_err(status)?;
+        let service = Arc::clone(&self.service);
+        let (size, pool) = (request.size_bytes, request.pool);
+        let view = whole(async move { service.create(id, size, &pool).await }).await?;
         Ok(Response::new(convert::volume(&view)))
     }
 
@@ -33,7 +37,8 @@ impl v1::volumes_server::Volumes for Face {
     ) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
         Caller::of(&request)?.must_be(&ROLES)?;
         let id = convert::volume_id(&request.into_inner().id).map_err(status)?;
-        self.service.delete(id).await.map_err(status)?;
+        let service = Arc::clone(&self.service);
+        whole(async move { service.delete(id).await }).await?;
         Ok(Response::new(v1::DeleteVolumeResponse {}))
     }
 
@@ -67,7 +72,8 @@ impl v1::volumes_server::Volumes for Face {
         Caller::of(&request)?.must_be(&ROLES)?;
         let request = request.into_inner();
         let id = convert::volume_id(&request.id).map_err(status)?;
-        let view = self.service.extend(id, request.size_bytes).await.map_err(status)?;
+        let service = Arc::clone(&self.service);
+        let view = whole(async move { service.extend(id, request.size_bytes).await }).await?;
         Ok(Response::new(convert::volume(&view)))
     }
 
@@ -79,7 +85,8 @@ impl v1::volumes_server::Volumes for Face {
         let request = request.into_inner();
         let id = convert::volume_id(&request.id).map_err(status)?;
         let generation = request.generation.map(Generation);
-        let view = self.service.attach(id, generation).await.map_err(status)?;
+        let service = Arc::clone(&self.service);
+        let view = whole(async move { service.attach(id, generation).await }).await?;
         Ok(Response::new(convert::volume(&view)))
     }
 
@@ -89,7 +96,8 @@ impl v1::volumes_server::Volumes for Face {
     ) -> Result<Response<v1::Volume>, Status> {
         Caller::of(&request)?.must_be(&ROLES)?;
         let id = convert::volume_id(&request.into_inner().id).map_err(status)?;
-        let view = self.service.detach(id).await.map_err(status)?;
+        let service = Arc::clone(&self.service);
+        let view = whole(async move { service.detach(id).await }).await?;
         Ok(Response::new(convert::volume(&view)))
     }
 }

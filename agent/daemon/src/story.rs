@@ -1,0 +1,501 @@
+//! Two agents in one process over a simulated kernel: the demo's story with a
+//! failure or the process's death at every single action, and what bad requests
+//! get.
+
+use std::{
+    sync::{Arc, Mutex, OnceLock},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use dmlocal_model::{
+    admit::{Claim, Offer, Refusal},
+    name::VolumeId,
+    sim::{Io, REGIONS, VOLUME_BYTES, World},
+    volume::{Borrower, Phase, ReceivingStage, Source},
+};
+use tokio::{sync::Notify, time::timeout};
+use uuid::Uuid;
+
+use crate::{
+    config::Config,
+    kernel::fake::{FakeKernel, every_target, locked, roomy_pool},
+    peers::{Peer, PeerError, Peers},
+    reconcile::{ServiceError, View, Volumes},
+    service::Service,
+    store::Store,
+};
+
+/// Longer than anything takes here; what waits longer waits for ever.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Calls go straight to the other agent.
+#[derive(Default)]
+struct Direct {
+    services: OnceLock<Vec<Arc<Service>>>,
+}
+
+impl Direct {
+    fn at(&self, peer: &Peer) -> &Service {
+        &self.services.get().unwrap()[usize::from(peer.node == "n1")]
+    }
+}
+
+fn refused<T>(peer: &Peer, outcome: Result<T, ServiceError>) -> Result<T, PeerError> {
+    outcome.map_err(|error| match error {
+        ServiceError::Refused(refusal) => PeerError::Refused {
+            node: peer.node.clone(),
+            reason: refusal.reason().to_owned(),
+            message: refusal.to_string(),
+        },
+        error => PeerError::Unreachable { node: peer.node.clone(), why: error.to_string() },
+    })
+}
+
+#[async_trait]
+impl Peers for Direct {
+    async fn prepare(&self, _: &Peer) {}
+
+    async fn fence(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<u64, PeerError> {
+        let caller = if peer.node == "n0" { "n1" } else { "n0" };
+        refused(peer, self.at(peer).fence(volume, claim, Some(caller)).await)
+    }
+
+    async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
+        refused(peer, self.at(peer).release(volume, claim, None).await)
+    }
+
+    async fn revoke(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
+        refused(peer, self.at(peer).revoke(volume, claim.grant, None).await)
+    }
+
+    async fn query(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<bool, PeerError> {
+        refused(peer, self.at(peer).has_taken(volume, claim.grant))
+    }
+}
+
+/// Two agents on the journals of a directory.
+struct Pair {
+    world: Arc<Mutex<World>>,
+    died: Arc<Notify>,
+    services: Vec<Arc<Service>>,
+    id: VolumeId,
+}
+
+fn config(node: usize) -> Config {
+    Config::parse(&format!(
+        r#"
+        node = "n{node}"
+        [export]
+        address = "127.0.0.1"
+        ports = "4420-4421"
+        [[pool]]
+        name = "pool"
+        volume_group = "vg"
+        thin_pool = "tp"
+        devices = ["/dev/x"]
+        "#
+    ))
+    .unwrap()
+}
+
+impl Pair {
+    async fn open(world: Arc<Mutex<World>>, directory: &std::path::Path) -> Self {
+        Self::open_with(world, directory, |_| {}).await
+    }
+
+    async fn open_with(
+        world: Arc<Mutex<World>>,
+        directory: &std::path::Path,
+        change: impl Fn(&mut FakeKernel),
+    ) -> Self {
+        let died = Arc::new(Notify::new());
+        let peers = Arc::new(Direct::default());
+        let mut services = Vec::new();
+        for node in 0..2 {
+            let config = config(node);
+            let store = Store::open(&directory.join(format!("n{node}")), &config.node).unwrap();
+            let mut kernel = FakeKernel {
+                world: Arc::clone(&world),
+                node,
+                died: Arc::clone(&died),
+                pool: Some(roomy_pool()),
+                targets: every_target(),
+            };
+            change(&mut kernel);
+            let peers: Arc<dyn Peers> = Arc::<Direct>::clone(&peers);
+            let volumes = Volumes::open(config, store, Arc::new(kernel), peers).unwrap();
+            services.push(Arc::new(Service::new(volumes).await.unwrap()));
+        }
+        assert!(peers.services.set(services.clone()).is_ok());
+        for service in &services {
+            service.volumes.recover().await.unwrap();
+        }
+        let id = "11111111-2222-4333-8444-555555555555".parse().unwrap();
+        Self { world, died, services, id }
+    }
+
+    fn view(&self, node: usize) -> Option<View> {
+        self.services[node].volumes.view(self.id)
+    }
+
+    fn write(&self, node: usize, region: usize, value: u64) -> Io<()> {
+        let record = self.view(node).unwrap().record;
+        locked(&self.world).write_handle(node, &record, region, value)
+    }
+
+    fn read(&self, node: usize, region: usize) -> Io<u64> {
+        let record = self.view(node).unwrap().record;
+        locked(&self.world).read_handle(node, &record, region)
+    }
+
+    async fn begin_move(&self, hold: bool) -> Result<View, ServiceError> {
+        let grant = Uuid::from_u128(7);
+        let to = Borrower { grant, node: "n1".into(), endpoint: "https://n1".into() };
+        let granted = self.services[0].grant(self.id, to, "nqn".into(), hold).await?;
+        let received = self.services[1].receive(offer(&granted.record), "").await;
+        if received.is_err() {
+            self.services[0].revoke(self.id, grant, None).await?;
+        }
+        received
+    }
+
+    /// Waits until a node's view is as wanted, hydrating meanwhile.
+    async fn until(&self, node: usize, wanted: impl Fn(Option<&View>) -> bool) {
+        let waited = timeout(PATIENCE, async {
+            while !wanted(self.view(node).as_ref()) {
+                locked(&self.world).hydrate();
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        });
+        let view = self.view(node);
+        waited.await.unwrap_or_else(|_| panic!("node {node} came to rest at {view:#?}"));
+    }
+}
+
+fn offer(record: &dmlocal_model::volume::Record) -> Offer {
+    let lent = record.lent().unwrap();
+    Offer {
+        id: record.id,
+        incarnation: record.incarnation,
+        size: record.size.bytes(),
+        logical_block_size: record.logical_block_size,
+        source: Source {
+            grant: lent.to.grant,
+            node: "n0".into(),
+            endpoint: "https://n0".into(),
+            generation: record.generation,
+            hold: lent.hold,
+            export: lent.export.clone(),
+        },
+    }
+}
+
+fn is_local(view: Option<&View>) -> bool {
+    view.is_some_and(|view| view.record.phase == Phase::Local)
+}
+
+/// The demo's story. Calls are repeated as callers do; what was acknowledged is
+/// counted in `written`.
+async fn story(pair: &Pair, written: &Mutex<u64>) -> Result<(), ServiceError> {
+    let [a, b] = &pair.services[..] else { panic!("two agents") };
+    a.create(pair.id, VOLUME_BYTES, "").await?;
+    a.attach(pair.id, None).await?;
+    for region in 0..REGIONS {
+        assert_eq!(pair.write(0, region, 100 + region as u64), Io::Done(()));
+    }
+    *written.lock().unwrap() = 1;
+    pair.begin_move(true).await?;
+    assert_eq!(pair.read(1, 0), Io::Done(100));
+    b.switch(pair.id).await?;
+    assert_eq!(pair.write(1, 2, 200), Io::Done(()));
+    *written.lock().unwrap() = 2;
+    assert_eq!(pair.write(0, 2, 300), Io::Failed, "the source is fenced");
+    pair.until(1, is_local).await;
+    pair.until(0, |view| view.is_none()).await;
+    Ok(())
+}
+
+/// Everything is at one place and as it was written.
+async fn judge(pair: &Pair, written: u64) {
+    let [a, b] = &pair.services[..] else { panic!("two agents") };
+    let id = pair.id;
+    // Whatever was left in the air is ended as an operator would.
+    if pair.view(1).is_some_and(|v| v.record.receiving().is_some_and(|r| !r.stage.is_taken())) {
+        let _ = b.abort(id).await;
+    }
+    if pair.view(1).is_none() && pair.view(0).is_some_and(|view| view.record.lent().is_some()) {
+        let _ = a.abort(id).await;
+    }
+    let home = if pair.view(1).is_some() { 1 } else { 0 };
+    if home == 0 && pair.view(0).is_none() {
+        assert_eq!(written, 0, "the only copy is gone");
+        return;
+    }
+    pair.until(home, is_local).await;
+    pair.until(1 - home, |view| view.is_none()).await;
+    let generation = pair.view(home).unwrap().record.generation;
+    pair.services[home].attach(id, Some(generation)).await.unwrap();
+    for region in 0..REGIONS {
+        let wanted = match written {
+            0 => 0,
+            2 if region == 2 => 200,
+            _ => 100 + region as u64,
+        };
+        assert_eq!(pair.read(home, region), Io::Done(wanted), "region {region}");
+    }
+    assert!(locked(&pair.world).is_clean(1 - home), "something is left at the other node");
+    pair.services[home].detach(id).await.unwrap();
+    pair.services[home].delete(id).await.unwrap();
+    assert!(locked(&pair.world).is_clean(home), "something is left after deletion");
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+#[test]
+fn the_story_ends_well_wherever_the_process_dies() {
+    for actions in 0.. {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let written = Arc::new(Mutex::new(0));
+        let first = runtime();
+        locked(&world).fuse = Some(actions);
+        let ended = first.block_on(async {
+            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+            tokio::select! {
+                outcome = story(&pair, &written) => {
+                    outcome.unwrap();
+                    true
+                }
+                () = pair.died.notified() => false,
+            }
+        });
+        // Both agents stop where they are; what they have journalled is what
+        // another start finds.
+        first.shutdown_background();
+        if ended {
+            assert!(actions > 40, "the story has too few actions to be the story");
+            break;
+        }
+        let image = tempfile::tempdir().unwrap();
+        for node in ["n0", "n1"] {
+            std::fs::create_dir(image.path().join(node)).unwrap();
+            let file = format!("{node}/journal.redb");
+            std::fs::copy(directory.path().join(&file), image.path().join(&file)).unwrap();
+        }
+        locked(&world).fuse = None;
+        let written = *written.lock().unwrap();
+        runtime().block_on(async {
+            let pair = Pair::open(world, image.path()).await;
+            judge(&pair, written).await;
+        });
+    }
+}
+
+#[test]
+fn the_story_ends_well_whatever_fails() {
+    for actions in 0.. {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let written = Mutex::new(0);
+        let ended = runtime().block_on(async {
+            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+            locked(&world).fault = Some(actions);
+            let _ = story(&pair, &written).await;
+            let untouched = locked(&world).fault.take().is_some();
+            let written = *written.lock().unwrap();
+            judge(&pair, written).await;
+            untouched
+        });
+        if ended {
+            assert!(actions > 40, "the story has too few actions to be the story");
+            break;
+        }
+    }
+}
+
+fn one<T: std::fmt::Debug>(outcome: Result<T, ServiceError>) -> &'static str {
+    match outcome.unwrap_err() {
+        ServiceError::Refused(refusal) => refusal.reason(),
+        error => panic!("{error} is not a refusal"),
+    }
+}
+
+#[test]
+fn bad_requests_are_refused_with_a_reason_and_change_nothing() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        let id = pair.id;
+        let to = |node: &str, grant| Borrower {
+            grant: Uuid::from_u128(grant),
+            node: node.into(),
+            endpoint: "https://x".into(),
+        };
+
+        assert_eq!(one(a.attach(id, None).await), "VOLUME_NOT_FOUND");
+        assert_eq!(one(a.create(id, 0, "").await), "SIZE_INVALID");
+        assert_eq!(one(a.create(id, 1000, "").await), "SIZE_INVALID");
+        assert_eq!(one(a.create(id, 1 << 40, "").await), "NO_ROOM");
+        assert_eq!(one(a.create(id, VOLUME_BYTES, "other").await), "POOL_NOT_FOUND");
+        assert!(locked(&world).is_clean(0) && a.volumes.views().is_empty());
+
+        a.create(id, VOLUME_BYTES, "").await.unwrap();
+        a.create(id, VOLUME_BYTES, "").await.unwrap();
+        assert_eq!(one(a.create(id, 2 * VOLUME_BYTES, "").await), "VOLUME_EXISTS");
+        assert_eq!(one(a.extend(id, 512).await), "SIZE_SMALLER");
+        assert_eq!(one(a.switch(id).await), "VOLUME_NOT_HELD");
+        assert_eq!(one(a.abort(id).await), "VOLUME_NOT_HELD");
+        assert_eq!(
+            one(a.tune(id, dmlocal_model::admit::Change::default()).await),
+            "VOLUME_NOT_HYDRATING"
+        );
+        let wrong = dmlocal_model::name::Generation(9);
+        assert_eq!(one(a.attach(id, Some(wrong)).await), "GENERATION_STALE");
+        assert_eq!(one(a.grant(id, to("n0", 1), "nqn".into(), true).await), "MOVE_TO_SELF");
+
+        a.attach(id, None).await.unwrap();
+        assert_eq!(one(a.delete(id).await), "VOLUME_ATTACHED");
+        assert_eq!(one(a.grant(id, to("n1", 2), "nqn".into(), false).await), "VOLUME_ATTACHED");
+
+        let held = pair.begin_move(true).await.unwrap();
+        assert_eq!(one(a.delete(id).await), "VOLUME_PUBLISHED");
+        assert_eq!(one(a.extend(id, 2 * VOLUME_BYTES).await), "VOLUME_PUBLISHED");
+        assert_eq!(one(a.grant(id, to("n2", 3), "nqn".into(), true).await), "VOLUME_PUBLISHED");
+        assert_eq!(one(a.grant(id, to("n2", 7), "nqn".into(), true).await), "GRANT_EXISTS");
+        assert_eq!(one(b.grant(id, to("n0", 4), "nqn".into(), true).await), "VOLUME_MOVING");
+        assert_eq!(one(b.delete(id).await), "VOLUME_MOVING");
+        let claim = Claim {
+            grant: Uuid::from_u128(7),
+            incarnation: held.record.incarnation,
+            generation: dmlocal_model::name::Generation(1),
+        };
+        let stranger = Claim { grant: Uuid::from_u128(99), ..claim.clone() };
+        assert_eq!(one(a.fence(id, &stranger, Some("n1")).await), "GRANT_UNKNOWN");
+        assert_eq!(one(a.fence(id, &claim, Some("n2")).await), "GRANT_UNKNOWN");
+        assert_eq!(one(a.release(id, &claim, Some("n1")).await), "GRANT_UNKNOWN");
+        let stale = Claim { generation: dmlocal_model::name::Generation(2), ..claim.clone() };
+        assert_eq!(one(a.fence(id, &stale, Some("n1")).await), "GENERATION_STALE");
+        assert_eq!(pair.write(0, 0, 5), Io::Done(()), "the source is still open");
+
+        b.switch(id).await.unwrap();
+        assert_eq!(one(b.abort(id).await), "GRANT_FENCED");
+        assert_eq!(one(a.abort(id).await), "GRANT_FENCED");
+        assert_eq!(one(a.attach(id, None).await), "VOLUME_FENCED");
+        pair.until(1, is_local).await;
+        pair.until(0, |view| view.is_none()).await;
+        // A delayed repetition of what is over does nothing and does not complain.
+        a.release(id, &claim, Some("n1")).await.unwrap();
+        assert_eq!(one(a.fence(id, &claim, Some("n1")).await), "GRANT_UNKNOWN");
+        assert_eq!(pair.read(1, 0), Io::Done(5));
+        b.detach(id).await.unwrap();
+        b.delete(id).await.unwrap();
+        b.delete(id).await.unwrap();
+        assert!(locked(&world).is_clean(0) && locked(&world).is_clean(1));
+    });
+}
+
+#[test]
+fn the_first_write_at_a_held_destination_switches_over() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let pair = Pair::open(Arc::new(Mutex::new(World::new(2))), directory.path()).await;
+        let a = &pair.services[0];
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        a.attach(pair.id, None).await.unwrap();
+        pair.begin_move(true).await.unwrap();
+        assert_eq!(pair.write(1, 1, 42), Io::Waits, "not before the source has answered");
+        pair.until(1, is_local).await;
+        assert_eq!(pair.read(1, 1), Io::Done(42));
+    });
+}
+
+#[test]
+fn an_old_user_of_the_handle_keeps_a_new_copy_away() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let pair = Pair::open(Arc::new(Mutex::new(World::new(2))), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        let attached = a.attach(pair.id, None).await.unwrap();
+        locked(&pair.world).set_users(0, &attached.record, 1);
+        assert_eq!(one(a.detach(pair.id).await), "HANDLE_IN_USE");
+        pair.begin_move(true).await.unwrap();
+        b.switch(pair.id).await.unwrap();
+        pair.until(0, |view| view.is_none()).await;
+        assert_eq!(one(a.create(pair.id, VOLUME_BYTES, "").await), "HANDLE_IN_USE");
+        locked(&pair.world).set_users(0, &attached.record, 0);
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+    });
+}
+
+#[test]
+fn what_a_node_lacks_is_named_before_anything_changes() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open_with(Arc::clone(&world), directory.path(), |kernel| {
+            if kernel.node == 1 {
+                kernel.targets.retain(|target| !target.starts_with("clone "));
+                kernel.pool = None;
+            }
+        })
+        .await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        assert_eq!(one(pair.begin_move(true).await), "TARGET_MISSING");
+        assert_eq!(one(b.create(pair.id, VOLUME_BYTES, "").await), "POOL_MISSING");
+        assert!(is_local(pair.view(0).as_ref()), "the grant was withdrawn");
+        assert!(locked(&world).is_clean(1));
+    });
+}
+
+#[test]
+fn blocks_of_another_size_are_refused_and_the_grant_withdrawn() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open_with(Arc::clone(&world), directory.path(), |kernel| {
+            if kernel.node == 1
+                && let Some(pool) = &mut kernel.pool
+            {
+                pool.logical_block_size = 4096;
+            }
+        })
+        .await;
+        pair.services[0].create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        let refusal = pair.begin_move(true).await.unwrap_err();
+        assert!(matches!(
+            refusal,
+            ServiceError::Refused(Refusal::LogicalBlockSize { pool: 4096, volume: 512 })
+        ));
+        assert!(is_local(pair.view(0).as_ref()) && locked(&world).is_clean(1));
+    });
+}
+
+#[test]
+fn a_full_pool_refuses_the_move_and_the_source_goes_on() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open_with(Arc::clone(&world), directory.path(), |kernel| {
+            if kernel.node == 1
+                && let Some(pool) = &mut kernel.pool
+            {
+                pool.used = pool.size - VOLUME_BYTES / 2;
+            }
+        })
+        .await;
+        pair.services[0].create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        pair.services[0].attach(pair.id, None).await.unwrap();
+        assert_eq!(one(pair.begin_move(true).await), "NO_ROOM");
+        assert_eq!(pair.write(0, 0, 1), Io::Done(()));
+        assert!(pair.view(1).is_none_or(|view| {
+            view.record.receiving().is_none_or(|r| r.stage == ReceivingStage::Aborting)
+        }));
+    });
+}
