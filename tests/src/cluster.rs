@@ -105,6 +105,19 @@ impl Cluster {
         }
     }
 
+    /// Starts a cluster for as long as a scenario takes. Of one that fails, the
+    /// consoles and journals of the nodes are kept.
+    pub fn run(options: &Options, scenario: impl FnOnce(&Cluster) -> Result<()>) -> Result<()> {
+        let cluster = Cluster::start(options)?;
+        let result = scenario(&cluster);
+        if result.is_err()
+            && let Err(error) = cluster.keep_logs()
+        {
+            eprintln!("no logs: {error:#}");
+        }
+        result
+    }
+
     /// A cluster that was started with that name, by this program or another.
     pub fn open(name: &str) -> Result<Cluster> {
         let directory = directory_of(name);

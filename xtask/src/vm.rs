@@ -10,11 +10,11 @@ use dmlocal_testbed::{Cluster, Node, Options};
 
 use crate::run;
 
-/// What the cluster of this command is called; scenarios have their own.
-const NAME: &str = "vm";
-
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
+    /// Which cluster, where there are several
+    #[arg(long, global = true, value_name = "NAME", default_value = "vm")]
+    cluster: String,
     #[command(subcommand)]
     order: Option<Order>,
 }
@@ -31,7 +31,11 @@ enum Order {
         no_build: bool,
     },
     /// Puts freshly built programs on the nodes and restarts dmlocald
-    Install,
+    Install {
+        /// Takes the programs as they were last built
+        #[arg(long)]
+        no_build: bool,
+    },
     /// Runs a command on a node; ends with its status
     Exec {
         /// Which node: node-a or just a
@@ -69,39 +73,42 @@ enum Link {
 
 pub(crate) fn run(arguments: Arguments) -> Result<ExitCode> {
     run::become_root()?;
+    let name = arguments.cluster.as_str();
     let Some(order) = arguments.order else {
-        return shell(&Cluster::open(NAME)?);
+        return shell(&Cluster::open(name)?);
     };
     match order {
-        Order::Up { nodes, no_build } => up(nodes, !no_build)?,
-        Order::Install => {
-            let cluster = Cluster::open(NAME)?;
-            run::build_for_nodes()?;
+        Order::Up { nodes, no_build } => up(name, nodes, !no_build)?,
+        Order::Install { no_build } => {
+            let cluster = Cluster::open(name)?;
+            if !no_build {
+                run::build_for_nodes()?;
+            }
             cluster.install()?;
         }
         Order::Exec { node, command } => {
             let command: Vec<&str> = command.iter().map(String::as_str).collect();
-            return exec(Cluster::open(NAME)?.node(&node)?, &command);
+            return exec(Cluster::open(name)?.node(&node)?, &command);
         }
-        Order::Kill { node } => Cluster::open(NAME)?.node(&node)?.kill()?,
-        Order::Start { node } => Cluster::open(NAME)?.node(&node)?.start()?,
+        Order::Kill { node } => Cluster::open(name)?.node(&node)?.kill()?,
+        Order::Start { node } => Cluster::open(name)?.node(&node)?.start()?,
         Order::Link { node, state } => {
-            Cluster::open(NAME)?.node(&node)?.set_link(matches!(state, Link::Up))?;
+            Cluster::open(name)?.node(&node)?.set_link(matches!(state, Link::Up))?;
         }
-        Order::Down => Cluster::open(NAME)?.take_down()?,
+        Order::Down => Cluster::open(name)?.take_down()?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn up(nodes: usize, build: bool) -> Result<()> {
-    if Cluster::open(NAME).is_ok() {
+fn up(name: &str, nodes: usize, build: bool) -> Result<()> {
+    if Cluster::open(name).is_ok() {
         bail!("a cluster is up already: `cargo xtask vm down` takes it down");
     }
     if build {
         run::build_for_nodes()?;
     }
     let started = Instant::now();
-    let cluster = Cluster::start(&Options { nodes, name: Some(NAME.to_owned()), dmlocal: false })?;
+    let cluster = Cluster::start(&Options { nodes, name: Some(name.to_owned()), dmlocal: false })?;
     // Where dmlocald does not start, somebody wants to see why.
     cluster.install().context("the nodes are up, but")?;
     println!("up after {:.1} s:", started.elapsed().as_secs_f64());
