@@ -24,6 +24,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Moves a volume between two virtual machines while it is written
+    Demo(demo::Arguments),
     /// Runs every test there is
     Test(ci::TestArguments),
     /// Runs everything that a change must pass
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
 
 fn run_task(task: Task) -> Result<ExitCode> {
     match task {
+        Task::Demo(arguments) => demo::run(&arguments)?,
         Task::Test(arguments) => ci::test(&arguments)?,
         Task::Ci(arguments) => ci::ci(&arguments)?,
         Task::Tidy => tidy::check()?,
