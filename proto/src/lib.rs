@@ -6,7 +6,12 @@
 use serde::Serializer;
 
 /// Version 1 of the interface.
-#[expect(missing_docs, clippy::all, reason = "generated code; the .proto has the comments")]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::allow_attributes_without_reason,
+    reason = "generated code; the .proto has the comments"
+)]
 pub mod v1 {
     tonic::include_proto!("dmlocal.v1");
 }

@@ -287,9 +287,7 @@ impl Volumes {
 
     /// What readers see of one volume.
     pub fn view(&self, id: VolumeId) -> Option<View> {
-        let slot = locked(&self.slots).get(&id).cloned()?;
-        let view = slot.view.borrow().clone();
-        view
+        locked(&self.slots).get(&id)?.view.borrow().clone()
     }
 
     /// What readers see of every volume, sorted by id.

@@ -1,12 +1,12 @@
 //! Requests: admit, journal, converge, and undo what a failed one had begun.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use dmlocal_model::{
     admit::{self, Admitted, Change, Claim, GrantRequest, Offer, PoolRoom, Refusal},
     hydration,
-    name::{Generation, NQN_PREFIX, VolumeId},
-    plan::Device,
+    name::{DmName, Generation, NQN_PREFIX, Role, VolumeId},
+    plan::{self, Device},
     table::CloneStatus,
     volume::{Borrower, Event, ExportName, Record, Tombstone},
 };
@@ -190,13 +190,12 @@ impl Service {
                     admit::detach(known.record(id)?, known.handle.as_ref())
                 })
                 .await?;
-                match self.volumes.converge(slot, work).await {
-                    Err(ServiceError::Step { source: StepError::Busy(path), .. }) => {
-                        let refusal = Refusal::HandleInUse { path }.into();
-                        self.restore(slot, work, Err(refusal), before).await?;
-                    }
-                    // The handle is gone; what else failed is tried again.
-                    Ok(_) | Err(_) => {}
+                // Once the handle is gone, whatever else failed is tried again.
+                if let Err(ServiceError::Step { source: StepError::Busy(path), .. }) =
+                    self.volumes.converge(slot, work).await
+                {
+                    let refusal = Refusal::HandleInUse { path }.into();
+                    self.restore(slot, work, Err(refusal), before).await?;
                 }
                 self.shown(id)
             })
@@ -515,7 +514,29 @@ impl Service {
                 Err(error) => warnings.push(format!("pool {name}: {error}")),
             }
         }
+        let kernel = Arc::clone(&self.volumes.kernel);
+        match tokio::task::spawn_blocking(move || kernel.ours()).await {
+            Ok(Ok(names)) => {
+                let known = self.known_names();
+                let strays = names.into_iter().filter(|name| !known.contains(name));
+                warnings.extend(strays.map(|name| format!("{name} is in no journal entry")));
+            }
+            Ok(Err(error)) => warnings.push(error.to_string()),
+            Err(error) => warnings.push(error.to_string()),
+        }
         warnings
+    }
+
+    /// Names of the devices and exports that the journal accounts for.
+    fn known_names(&self) -> BTreeSet<String> {
+        let mut known = BTreeSet::new();
+        for View { record, .. } in self.volumes.views() {
+            for role in [Role::Handle, Role::Clone, Role::Src, Role::Export] {
+                known.insert(plan::dm_name(&record, role).name);
+            }
+            known.extend(record.lent().map(|lent| lent.export.subsystem_nqn.clone()));
+        }
+        known
     }
 
     fn pool_name(&self, name: &str) -> Result<String, Refusal> {
@@ -663,7 +684,6 @@ pub fn bytes_left(view: &View) -> Option<u64> {
 }
 
 fn left_over(id: VolumeId) -> Refusal {
-    use dmlocal_model::name::{DmName, Role};
     Refusal::HandleInUse { path: DmName::new(id, Generation::FIRST, Role::Handle).path() }
 }
 

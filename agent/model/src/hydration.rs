@@ -29,10 +29,12 @@ pub const MAX_BATCH: u32 = 256;
 ///
 /// A chunk that is not a power of two leaves the size by volume.
 pub fn region_size(volume_bytes: u64, chunk_bytes: u64) -> Sectors {
-    let by_size = match volume_bytes {
-        ..=TIB => 64 * KIB,
-        ..=0x1000_0000_0000 => 256 * KIB,
-        _ => MIB,
+    let by_size = if volume_bytes <= TIB {
+        64 * KIB
+    } else if volume_bytes <= 16 * TIB {
+        256 * KIB
+    } else {
+        MIB
     };
     let chunk = if chunk_bytes.is_power_of_two() { chunk_bytes } else { 0 };
     // dm-clone's own maximum is 2^21 sectors, 1 GiB.

@@ -461,7 +461,7 @@ impl Plan<'_> {
         }
         let clone = match self.clone_built(receiving, data, meta, armed) {
             Ok(clone) => clone,
-            Err(next) => return next,
+            Err(next) => return *next,
         };
         if !armed {
             return Next::Journal(Event::Armed);
@@ -500,14 +500,14 @@ impl Plan<'_> {
         data: &Lv,
         meta: &Lv,
         armed: bool,
-    ) -> Result<&Device, Next> {
+    ) -> Result<&Device, Box<Next>> {
         let namespace = self.seen.import.namespace;
         let src = match &self.seen.src {
             None => {
-                return Err(one(Step::Set(
+                return Err(Box::new(one(Step::Set(
                     Role::Src,
                     self.table(Target::Queue { path: namespace }),
-                )));
+                ))));
             }
             Some(src) => src,
         };
@@ -518,7 +518,7 @@ impl Plan<'_> {
         // A source that is away keeps the path it had: its requests wait there.
         if src.table.is_none() || (namespace.is_some() && path != namespace) {
             let path = namespace;
-            return Err(one(Step::Set(Role::Src, self.table(Target::Queue { path }))));
+            return Err(Box::new(one(Step::Set(Role::Src, self.table(Target::Queue { path })))));
         }
         let table = self.table(Target::Clone {
             meta: meta.device,
@@ -530,17 +530,19 @@ impl Plan<'_> {
             Some(clone) if clone.table.as_ref() == Some(&table) => clone,
             // Another live table on it would be a second instance of the
             // metadata, or somebody else's work.
-            Some(Device { table: Some(_), .. }) => return Err(Next::Wait(Wait::Operator)),
+            Some(Device { table: Some(_), .. }) => {
+                return Err(Box::new(Next::Wait(Wait::Operator)));
+            }
             Some(Device { table: None, .. }) | None => {
                 let floor = armed.then_some(receiving.floor);
-                return Err(one(Step::LoadClone { table, floor }));
+                return Err(Box::new(one(Step::LoadClone { table, floor })));
             }
         };
         if clone.suspended {
-            return Err(one(Step::Resume(Role::Clone)));
+            return Err(Box::new(one(Step::Resume(Role::Clone))));
         }
         if !self.seen.discards_blocked {
-            return Err(one(Step::BlockDiscards(clone.number)));
+            return Err(Box::new(one(Step::BlockDiscards(clone.number))));
         }
         Ok(clone)
     }

@@ -281,6 +281,12 @@ impl World {
         self.nodes[node].mapped.get(&name).map(Mapped::seen)
     }
 
+    /// Names of all devices of a node but those that go with their last user.
+    pub fn devices(&self, node: usize) -> Vec<String> {
+        let mapped = self.nodes[node].mapped.iter().filter(|(_, mapped)| !mapped.leaving);
+        mapped.map(|(name, _)| name.clone()).collect()
+    }
+
     /// Commits the clone's metadata.
     pub fn commit(&mut self, node: usize, record: &Record) {
         let clone = self.nodes[node].mapped.get(&plan::dm_name(record, Role::Clone).name);

@@ -18,10 +18,7 @@ use crate::{
     name::VolumeId,
     plan::{self, Call, Next, Wait},
     sim::{FOREIGN, Fault, Io, REGIONS, VOLUME_BYTES, World},
-    volume::{
-        Borrower, Event, ExportName, Fate, LentStage, Phase, ReceivingStage, Record, Source,
-        Tombstone,
-    },
+    volume::{Borrower, Event, ExportName, Fate, LentStage, Phase, Record, Source, Tombstone},
 };
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -183,7 +180,9 @@ impl Cluster {
                 Next::AskThenForget(_) => {
                     let source = record.receiving().unwrap().source.clone();
                     let grant = source.grant;
-                    self.call(node, &source.node, |cluster, there| cluster.revoke(there, grant))?;
+                    let answer = self
+                        .call(node, &source.node, |cluster, there| cluster.revoke(there, grant))?;
+                    assert!(!matches!(answer, Err(Refusal::GrantFenced(_))), "fenced unasked");
                     self.forget(node)?;
                 }
                 Next::Wait(Wait::Pool) => {

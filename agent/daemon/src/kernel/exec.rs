@@ -61,6 +61,7 @@ pub enum Failure {
 
 impl ExecError {
     /// The exit status, if the process ended by itself.
+    #[cfg(test)]
     pub fn code(&self) -> Option<i32> {
         match &self.failure {
             Failure::Status(status) => status.code(),

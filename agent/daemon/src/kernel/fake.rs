@@ -78,6 +78,10 @@ impl Kernel for FakeKernel {
         Ok(0.0)
     }
 
+    fn ours(&self) -> Result<Vec<String>, StepError> {
+        Ok(locked(&self.world).devices(self.node))
+    }
+
     fn look(&self, record: &Record) -> Result<Seen, StepError> {
         Ok(Seen { tuned: None, ..locked(&self.world).look(self.node, record) })
     }

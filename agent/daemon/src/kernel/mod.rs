@@ -93,6 +93,13 @@ pub trait Kernel: Send + Sync + 'static {
     /// The pool is not active.
     fn pool_usage(&self, name: &str) -> Result<f64, StepError>;
 
+    /// Names of all devices and exports of ours, whether the journal knows them
+    /// or not; a handle that goes with its last user is not among them.
+    ///
+    /// # Errors
+    /// The kernel cannot be asked.
+    fn ours(&self) -> Result<Vec<String>, StepError>;
+
     /// Everything that is there for a volume. `resting` and `tuned` are the
     /// caller's to fill in.
     ///

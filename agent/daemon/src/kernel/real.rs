@@ -370,6 +370,13 @@ impl Kernel for RealKernel {
             .ok_or_else(|| StepError::Failed(format!("thin pool status `{status}`")))
     }
 
+    fn ours(&self) -> Result<Vec<String>, StepError> {
+        let devices = self.dm.ours()?.into_iter().filter(|device| !device.leaving);
+        let mut names: Vec<String> = devices.map(|device| device.name).collect();
+        names.extend(self.nvmet.ours()?);
+        Ok(names)
+    }
+
     fn look(&self, record: &Record) -> Result<Seen, StepError> {
         let receiving = record.receiving();
         let clone = self.device(record, Role::Clone)?;
