@@ -12,6 +12,8 @@ pub mod fake;
 pub mod lvm;
 pub mod nvme;
 pub mod nvmet;
+#[cfg(test)]
+mod on_node;
 pub mod real;
 
 use dmlocal_model::{

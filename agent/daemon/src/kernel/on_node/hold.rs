@@ -1,0 +1,85 @@
+//! What the `delay` target holds, and when it lets go.
+
+use super::*;
+
+#[test]
+#[ignore = "needs root and a node's kernel"]
+fn held_writes_wait_while_reads_pass() {
+    let bed = Bed::new();
+    let volume = Volume::new();
+    let made = bed.vg.create(Some((&volume.data(1), SIZE)), None, &[]).unwrap();
+    let lv = bed.number(&made[0]);
+    fill(lv);
+    let handle = volume.handle();
+    bed.set(&handle, Target::Hold { device: lv });
+    println!("held, idle: {}", bed.status(&handle));
+    let number = bed.dm.device(&handle).unwrap().unwrap().number;
+    let writes: Vec<_> =
+        (0..3).map(|n| behind(move || write_at(&open(number, true), n * 65536, 0xaa))).collect();
+    writes.iter().for_each(|write| still_waits(write, SHORT));
+    println!("held, three writes: {}", bed.status(&handle));
+    let sync = behind(move || open(number, true).sync_all());
+    still_waits(&sync, SHORT);
+    println!("held, three writes and a flush: {}", bed.status(&handle));
+    verify(number, |_| None);
+    timed("release", || bed.set(&handle, Target::Linear { device: lv, offset: Sectors(0) }));
+    for write in &writes {
+        write.recv_timeout(LONG).unwrap().unwrap();
+    }
+    sync.recv_timeout(LONG).unwrap().unwrap();
+    let written = |at| (at < 3 * 65536 && at % 65536 == 0).then_some(0xaa);
+    verify(lv, written);
+
+    // Held again, then failed: what becomes of the writes?
+    bed.set(&handle, Target::Hold { device: lv });
+    let write = behind(move || write_at(&open(number, true), 10 * 65536, 0xbb));
+    still_waits(&write, SHORT);
+    bed.set(&handle, Target::Error);
+    let outcome = write.recv_timeout(LONG).unwrap();
+    let landed = read_at(&open(lv, false), 10 * 65536).unwrap()[0] == 0xbb;
+    println!("held, then `error`: the write ended {outcome:?}, it is on the device: {landed}");
+}
+
+#[test]
+#[ignore = "needs root and a node's kernel"]
+fn a_hold_that_could_not_be_swapped() {
+    // The device below the hold is stuck, so the swap is interrupted.
+    let bed = Bed::new();
+    let volume = Volume::new();
+    let made = bed.vg.create(Some((&volume.data(1), SIZE)), None, &[]).unwrap();
+    let lv = bed.number(&made[0]);
+    fill(lv);
+    let (src, handle) = (volume.name(1, Role::Src), volume.handle());
+    bed.set(&src, Target::Queue { path: None });
+    let below = bed.dm.device(&src).unwrap().unwrap().number;
+    // Multipath is loaded read-only; a hold opens what is below for writing.
+    let error = bed.set_within(&handle, Target::Hold { device: below }, SHORT);
+    println!("hold over a read-only device: {error:?}");
+    drop(error);
+    let middle = volume.name(1, Role::Clone);
+    bed.set(&middle, Target::Linear { device: lv, offset: Sectors(0) });
+    let below = bed.dm.device(&middle).unwrap().unwrap().number;
+    bed.set(&handle, Target::Hold { device: below });
+    let number = bed.dm.device(&handle).unwrap().unwrap().number;
+    let write = behind(move || write_at(&open(number, true), 0, 0xcc));
+    still_waits(&write, SHORT);
+    // Suspended below, the released write cannot end.
+    bed.dm.suspend(&middle, SHORT).unwrap();
+    let error = bed
+        .set_within(&handle, Target::Linear { device: below, offset: Sectors(0) }, SHORT)
+        .unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    println!("interrupted: {error}; status {}", bed.status(&handle));
+    bed.dm.resume(&middle).unwrap();
+    let early = write.recv_timeout(SHORT);
+    println!("a held write after an interrupted swap, with nobody releasing it: {early:?}");
+    let second = behind(move || write_at(&open(number, true), 65536, 0xcd));
+    let second = second.recv_timeout(SHORT);
+    println!("a new write after an interrupted swap: {second:?}; {}", bed.status(&handle));
+    bed.dm.suspend(&handle, LONG).unwrap();
+    bed.dm.resume(&handle).unwrap();
+    let third = behind(move || write_at(&open(number, true), 2 * 65536, 0xce));
+    let waited = third.recv_timeout(SHORT);
+    println!("a new write after suspend and resume: {waited:?}; {}", bed.status(&handle));
+    bed.set(&handle, Target::Linear { device: below, offset: Sectors(0) });
+}

@@ -1,0 +1,125 @@
+//! Logical volumes, and what udev makes of a guest's content.
+
+use super::*;
+
+#[test]
+#[ignore = "needs root and a node's kernel"]
+fn logical_volumes_are_made_adopted_grown_and_removed() {
+    let bed = Bed::new();
+    let volume = Volume::new();
+    let (data, meta) = (volume.data(1), volume.meta(1));
+    let wanted = (Some((data.as_str(), SIZE + 512)), Some((meta.as_str(), 4 * MIB)));
+    let pool = timed("pool", || bed.vg.pool().unwrap().unwrap());
+    println!("{pool:?}");
+    let tpool = timed("tpool", || bed.dm.status_text_of(&pool.tpool_dm_uuid()).unwrap());
+    println!("{tpool}");
+    let made = timed("create", || bed.vg.create(wanted.0, wanted.1, &["g1"]).unwrap());
+    println!("{made:#?}");
+    assert_eq!(made[0].size, SIZE + 4 * MIB);
+    let again = timed("create again", || bed.vg.create(wanted.0, wanted.1, &["g1"]).unwrap());
+    assert_eq!(made, again);
+    assert_eq!(timed("lvs", || bed.vg.lvs().unwrap()).len(), 2);
+
+    // Half of it exists.
+    bed.vg.remove(&[(&meta, &made[1].uuid)]).unwrap();
+    let half = timed("create the other half", || bed.vg.create(wanted.0, wanted.1, &["g1"]));
+    assert_eq!(half.unwrap()[0], made[0]);
+    let larger = bed.vg.create(Some((&data, 2 * SIZE)), None, &["g1"]);
+    assert!(matches!(larger, Err(LvmError::Taken { field: "size", .. })), "{larger:?}");
+    let tagged = bed.vg.create(wanted.0, None, &["g2"]);
+    assert!(matches!(tagged, Err(LvmError::Taken { field: "tag", .. })), "{tagged:?}");
+    let thick = bed.vg.create(None, Some((&data, SIZE + 512)), &["g1"]);
+    assert!(matches!(thick, Err(LvmError::Taken { field: "kind", .. })), "{thick:?}");
+    let full = bed.vg.create(None, Some(("too-large", 1 << 40)), &[]);
+    println!("{}", full.as_ref().unwrap_err());
+    assert!(matches!(full, Err(LvmError::NoSpace(_))), "{full:?}");
+    assert_eq!(bed.vg.lvs().unwrap().len(), 2);
+
+    let grown = timed("extend", || bed.vg.extend(&data, 2 * SIZE).unwrap());
+    assert_eq!(grown.size, 2 * SIZE);
+    assert_eq!(bed.vg.extend(&data, 2 * SIZE).unwrap(), grown);
+    assert_eq!(bed.vg.extend(&data, SIZE).unwrap(), grown);
+    assert!(matches!(bed.vg.extend("absent", SIZE), Err(LvmError::Missing(_))));
+
+    // Inactive, as after a reboot.
+    let device = bed.vg.devices[0].to_str().unwrap();
+    sh("lvm", &["vgchange", "--devices", device, "-an", &bed.vg.name]);
+    assert!(bed.vg.lvs().unwrap().iter().all(|lv| !lv.active && lv.number.is_none()));
+    assert_eq!(bed.vg.pool().unwrap().unwrap().data_percent, None);
+    timed("activate", || bed.vg.activate().unwrap());
+    timed("activate again", || bed.vg.activate().unwrap());
+    let lvs = bed.vg.lvs().unwrap();
+    assert!(lvs.iter().all(|lv| lv.active), "{lvs:?}");
+
+    // One is open.
+    let file = open(bed.number(&lvs[0]), false);
+    let pairs: Vec<_> = lvs.iter().map(|lv| (lv.name.as_str(), lv.uuid.as_str())).collect();
+    let refused = bed.vg.remove(&pairs);
+    println!("{}", refused.as_ref().unwrap_err());
+    assert!(matches!(refused, Err(LvmError::InUse(_))), "{refused:?}");
+    drop(file);
+    timed("remove two", || bed.vg.remove(&pairs).unwrap());
+    timed("remove none", || bed.vg.remove(&pairs).unwrap());
+    assert!(bed.vg.lvs().unwrap().is_empty());
+    assert!(lvs.iter().all(|lv| bed.dm.by_uuid(&lv.dm_uuid()).unwrap().is_none()));
+
+    // Another with the old name keeps its life.
+    let new = bed.vg.create(Some((&data, SIZE)), None, &["g1"]).unwrap();
+    bed.vg.remove(&pairs).unwrap();
+    assert_eq!(bed.vg.lvs().unwrap(), new);
+    let gone = Vg { name: "no-such-group".to_owned(), ..bed.vg.clone() };
+    assert_eq!(gone.pool().unwrap(), None);
+    assert!(gone.lvs().is_err());
+    let gone = Vg { thin_pool: "no-such-pool".to_owned(), ..bed.vg.clone() };
+    assert_eq!(gone.pool().unwrap(), None);
+    let gone = Vg { devices: vec![PathBuf::from("/dev/no-such-device")], ..bed.vg.clone() };
+    assert_eq!(gone.pool().unwrap(), None);
+}
+
+#[test]
+#[ignore = "needs root and a node's kernel"]
+fn udev_looks_into_nothing_of_a_guests() {
+    let mut bed = Bed::new();
+    let volume = Volume::new();
+    // A guest's disk: a partition with a file system whose label is the node's
+    // own root's, and whose UUID would be a link.
+    let label = "root";
+    let (lv, import, namespace) = bed.exported(volume, |device| {
+        let path = block::node(device).unwrap().display().to_string();
+        let options = ["-q", "-F", "-L", label, "-E", "offset=1048576", &path, "16m"];
+        sh("mkfs.ext4", &options);
+        let mut buffer = Buffer::new(BLOCK);
+        let block = buffer.bytes();
+        block[446..462].copy_from_slice(&[
+            0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 0x80, 0, 0, // 2048, 32768 sectors
+        ]);
+        block[510..512].copy_from_slice(&[0x55, 0xaa]);
+        open(device, true).write_all_at(block, 0).unwrap();
+    });
+    let name = nvme::observe(&import).unwrap().namespace_name.unwrap();
+    sh("udevadm", &["settle"]);
+    let partition = Path::new("/sys/class/block").join(format!("{name}p1/dev"));
+    let partition = fs::read_to_string(partition).expect("the kernel found no partition");
+    let src = volume.name(1, Role::Src);
+    bed.set(&src, Target::Queue { path: Some(namespace) });
+    let number = bed.dm.device(&src).unwrap().unwrap().number;
+    bed.set(&volume.handle(), Target::Linear { device: number, offset: Sectors(0) });
+    let handle = bed.dm.device(&volume.handle()).unwrap().unwrap().number;
+    // The end of a writable descriptor is what udev's watch waits for.
+    drop(open(lv, true));
+    sh("udevadm", &["settle"]);
+    let all = [
+        lv.to_string(),
+        namespace.to_string(),
+        partition.trim().to_owned(),
+        number.to_string(),
+        handle.to_string(),
+    ];
+    for device in all {
+        let record = fs::read_to_string(format!("/run/udev/data/b{device}")).unwrap_or_default();
+        println!("{device}: {}", record.replace('\n', " "));
+        assert!(!record.contains("ID_FS_") && !record.contains("ID_PART_"), "{device}: {record}");
+        assert!(!record.contains("S:disk/"), "{device}: {record}");
+        assert!(!Path::new("/run/udev/watch").join(format!("b{device}")).exists(), "{device}");
+    }
+}
