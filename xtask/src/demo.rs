@@ -102,17 +102,17 @@ impl<'a> Story<'a> {
         self.say(&format!("the writer never noticed: {last}"));
 
         let table = b.exec(&["dmsetup", "table", device])?.ok()?;
-        ensure!(table.contains(" linear "), "the handle should be linear: {table}");
+        let mut words = table.split_whitespace().skip(2);
+        let (target, below) = (words.next(), words.next().and_then(|dev| dev.split(':').nth(1)));
+        ensure!(target == Some("linear"), "the handle should be linear: {table}");
+        let below = format!("/dev/dm-{}", below.context("the handle is on nothing")?);
         let verify = ["dmlocal-writer", "verify", "--device", device, "--state", STATE];
         let right = b.exec_with(&verify, b"", LIMIT)?.ok()?;
         self.say(&format!("each is as it was acknowledged: {right}"));
-        let lv = b.shell("ls /dev/mapper/ | grep dmlocal-dmlocal")?.ok()?;
-        let sums = b
-            .exec_with(&["sha256sum", device, &format!("/dev/mapper/{}", lv.trim())], b"", LIMIT)?
-            .ok()?;
+        let sums = b.exec_with(&["cksum", device, &below], b"", LIMIT)?.ok()?;
         let mut sums = sums.lines().filter_map(|line| line.split_whitespace().next());
-        let (handle, below) = (sums.next(), sums.next());
-        ensure!(handle.is_some() && handle == below, "checksums differ: {handle:?} {below:?}");
+        let (handle, volume) = (sums.next(), sums.next());
+        ensure!(handle.is_some() && handle == volume, "checksums differ: {handle:?} {volume:?}");
         self.say(&format!("checksum {} of handle and logical volume", handle.unwrap_or("")));
         self.ctl(b, &format!("volume detach {id}"))?;
         self.ctl(b, &format!("volume delete {id}"))?;

@@ -47,20 +47,15 @@ impl Bed {
 
     /// Nothing of any volume is left on either node.
     pub fn is_clean(&self) -> Result<()> {
-        for node in self.cluster.nodes() {
-            let left = || -> Result<String> {
+        self.cluster.each(|node| {
+            until("nothing to be left", SOON, || {
                 let volumes = ctl(node, "status")?;
                 let none = volumes.as_array().is_some_and(Vec::is_empty);
                 let volumes = if none { String::new() } else { volumes.to_string() };
-                Ok(node.shell(LEFT)?.ok()? + &volumes)
-            };
-            until("nothing to be left", SOON, || {
-                let left = left()?;
-                if left.is_empty() { Ok(Ok(())) } else { Ok(Err(left)) }
+                let left = node.shell(LEFT)?.ok()? + &volumes;
+                Ok(if left.is_empty() { Ok(()) } else { Err(left) })
             })
-            .with_context(|| node.name())?;
-        }
-        Ok(())
+        })
     }
 
     /// Keeps what tells why a scenario failed.
@@ -215,26 +210,34 @@ impl Volume {
         format!("volume move {id} --from https://{from}:7450 --to https://{to}:7450 {flags}")
     }
 
-    /// Moves it with a hold and switches, with copying slowed down to that rate.
-    pub fn move_slowly(&self, from: &Node, to: &Node, bytes_per_s: u64) -> Result<()> {
+    /// Moves it with a hold and switches, with copying slowed down so far that it
+    /// takes minutes: what is to happen meanwhile has time.
+    pub fn move_slowly(&self, from: &Node, to: &Node) -> Result<()> {
         self.start_move(from, to, "--hold --wait")?;
-        self.set_rate(to, bytes_per_s)?;
+        self.slow_down(to)?;
         ctl(to, &format!("volume switch {}", self.id))?;
         let volume = self.status(to)?.context("the volume is not there")?;
         let (state, percent) = (&volume["state"], volume["percent"].as_f64());
-        ensure!(state == "hydrating" && percent.is_some_and(|p| p < 60.0), "{volume}");
+        ensure!(state == "hydrating" && percent.is_some_and(|p| p < 30.0), "{volume}");
         Ok(())
     }
 
-    /// Limits copying; 0 is no limit.
-    pub fn set_rate(&self, on: &Node, bytes_per_s: u64) -> Result<()> {
-        ctl(on, &format!("hydration set {} --rate {bytes_per_s}", self.id)).map(drop)
+    /// Slows copying down.
+    pub fn slow_down(&self, on: &Node) -> Result<()> {
+        let line = format!("hydration set {} --rate 256KiB --threshold 1 --batch 1", self.id);
+        ctl(on, &line).map(drop)
+    }
+
+    /// Lets copying run as fast as it can.
+    pub fn speed_up(&self, on: &Node) -> Result<()> {
+        let line = format!("hydration set {} --rate 0 --threshold 128 --batch 16", self.id);
+        ctl(on, &line).map(drop)
     }
 
     /// Lets it arrive, and the source let go.
     pub fn finish_move(&self, from: &Node, to: &Node) -> Result<()> {
         // The copy may be over by now.
-        let _ = self.set_rate(to, 0);
+        let _ = self.speed_up(to);
         let volume = self.wait_for(to, "local", LATER)?;
         ensure!(volume["source_node"].is_null(), "{volume}");
         self.wait_until_gone(from)

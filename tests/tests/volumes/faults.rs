@@ -6,14 +6,12 @@ use anyhow::{Context, Result, ensure};
 
 use crate::bed::{Bed, LATER, SOON, Volume, ctl, kill_agent, until};
 
-const MIB: u64 = 1 << 20;
-
 pub fn agents_killed_around_the_switch_go_on(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create_full(a, 32)?;
     let writer = volume.write(a, "")?;
     volume.start_move(a, b, "--hold --wait")?;
-    volume.set_rate(b, MIB)?;
+    volume.slow_down(b)?;
     for node in [a, b] {
         kill_agent(node)?;
         volume.wait_for(b, "held", SOON)?;
@@ -26,7 +24,7 @@ pub fn agents_killed_around_the_switch_go_on(bed: &Bed) -> Result<()> {
     // While it switches: the source first, so that the destination waits for it.
     a.exec(&["systemctl", "kill", "--signal", "STOP", "dmlocald"])?.ok()?;
     let switch = b.spawn(&["dmlocalctl", "volume", "switch", &volume.id])?;
-    let writer = volume.write(b, "")?;
+    let writer = volume.write(b, "--rate 4")?;
     kill_agent(b)?;
     ensure!(!writer.has_written(), "a write was acknowledged before the source was fenced");
     kill_agent(a)?;
@@ -43,15 +41,15 @@ pub fn agents_killed_around_the_switch_go_on(bed: &Bed) -> Result<()> {
 pub fn agents_killed_while_copying_go_on(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create_full(a, 32)?;
-    volume.move_slowly(a, b, MIB)?;
-    let writer = volume.write(b, "")?;
+    volume.move_slowly(a, b)?;
+    let writer = volume.write(b, "--rate 4")?;
     for node in [a, b] {
         kill_agent(node)?;
         writer.progress()?;
         let seen = volume.status(b)?.context("the volume is gone")?;
         ensure!(seen["state"] == "hydrating", "{seen}");
     }
-    volume.set_rate(b, 0)?;
+    volume.speed_up(b)?;
     // From the last regions on, as often as it gets up.
     let done = until("the volume to arrive", LATER, || {
         let seen = volume.status(b)?.context("the volume is gone")?;
@@ -75,17 +73,19 @@ pub fn agents_killed_while_copying_go_on(bed: &Bed) -> Result<()> {
 pub fn a_destination_that_lost_power_goes_on_copying(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create_full(a, 32)?;
-    volume.move_slowly(a, b, MIB)?;
-    let writer = volume.write(b, "--durable")?;
+    volume.move_slowly(a, b)?;
+    let writer = volume.write(b, "--durable --rate 4")?;
     writer.progress()?;
     b.kill()?;
     writer.lost();
     b.start()?;
-    let back = volume.wait_for(b, "hydrating", LATER)?;
-    ensure!(back["attached"] == true && back["device_path"] == volume.device.as_str(), "{back}");
+    let back = volume.wait_until(b, "the handle to be back", LATER, |seen| {
+        seen["device_path"] == volume.device.as_str()
+    })?;
+    ensure!(back["attached"] == true && back["state"] == "hydrating", "{back}");
     // Every byte is right with a part of them still at the source.
     volume.verify(b)?;
-    let writer = volume.write(b, "")?;
+    let writer = volume.write(b, "--rate 4")?;
     writer.progress()?;
     volume.finish_move(a, b)?;
     writer.stop(b)?;
@@ -96,8 +96,8 @@ pub fn a_destination_that_lost_power_goes_on_copying(bed: &Bed) -> Result<()> {
 pub fn a_source_that_lost_power_is_waited_for(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create_full(a, 32)?;
-    volume.move_slowly(a, b, MIB)?;
-    let writer = volume.write(b, "")?;
+    volume.move_slowly(a, b)?;
+    let writer = volume.write(b, "--rate 4")?;
     writer.progress()?;
     a.kill()?;
     let stalled = volume.wait_for(b, "stalled", LATER)?;
@@ -115,8 +115,8 @@ pub fn a_source_that_lost_power_is_waited_for(bed: &Bed) -> Result<()> {
 pub fn a_source_behind_a_pulled_cable_is_waited_for(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create_full(a, 32)?;
-    volume.move_slowly(a, b, MIB)?;
-    let writer = volume.write(b, "")?;
+    volume.move_slowly(a, b)?;
+    let writer = volume.write(b, "--rate 4")?;
     writer.progress()?;
     a.set_link(false)?;
     // Long enough for every timeout of the transport's.

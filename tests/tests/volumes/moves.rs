@@ -4,8 +4,6 @@ use anyhow::{Context, Result, ensure};
 
 use crate::bed::{Bed, LATER, SOON, Volume, ctl, refusal, refused, until};
 
-const MIB: u64 = 1 << 20;
-
 pub fn a_volume_moves_while_it_is_written(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create_full(a, 32)?;
@@ -22,13 +20,13 @@ pub fn a_volume_moves_while_it_is_written(bed: &Bed) -> Result<()> {
     writer.progress()?;
     writer.stop(a)?;
     volume.carry_state(a, b)?;
-    volume.set_rate(b, MIB)?;
+    volume.slow_down(b)?;
 
     let usable = ctl(b, &format!("volume switch {}", volume.id))?;
     ensure!(usable["state"] == "hydrating", "{usable}");
     ensure!(usable["generation"] == published["generation"].as_u64().unwrap_or(0) + 1, "{usable}");
     ensure!(usable["percent"].as_f64().is_some_and(|percent| percent < 50.0), "{usable}");
-    let writer = volume.write(b, "")?;
+    let writer = volume.write(b, "--rate 8")?;
     writer.wait_for_first_write()?;
     writer.progress()?;
     volume.finish_move(a, b)?;
@@ -44,8 +42,8 @@ pub fn a_volume_moves_while_it_is_written(bed: &Bed) -> Result<()> {
 pub fn writes_overlap_with_copying(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create_full(a, 32)?;
-    volume.move_slowly(a, b, MIB)?;
-    let writer = volume.write(b, "")?;
+    volume.move_slowly(a, b)?;
+    let writer = volume.write(b, "--rate 8")?;
     let percent = || -> Result<f64> {
         let seen = volume.status(b)?.context("the volume is gone")?;
         seen["percent"].as_f64().with_context(|| format!("no percent in {seen}"))
@@ -73,7 +71,7 @@ pub fn the_first_write_at_the_destination_switches_over(bed: &Bed) -> Result<()>
     let volume = Volume::create_full(a, 32)?;
     volume.write(a, "--count 100")?.stop(a)?;
     volume.start_move(a, b, "--hold --wait")?;
-    volume.set_rate(b, MIB)?;
+    volume.slow_down(b)?;
     volume.carry_state(a, b)?;
     // Reading is no signal.
     volume.verify(b)?;
@@ -158,7 +156,7 @@ pub fn discards_are_refused_until_everything_is_here(bed: &Bed) -> Result<()> {
     let volume = Volume::create_full(a, 32)?;
     volume.write(a, "--count 50")?.stop(a)?;
     volume.carry_state(a, b)?;
-    volume.move_slowly(a, b, MIB)?;
+    volume.move_slowly(a, b)?;
     let device = &volume.device;
     let limit =
         format!("cat /sys/block/$(basename $(readlink -f {device}))/queue/discard_max_bytes");
@@ -180,8 +178,8 @@ pub fn two_volumes_pass_each_other(bed: &Bed) -> Result<()> {
     let (there, back) = (Volume::create_full(a, 32)?, Volume::create_full(b, 32)?);
     there.start_move(a, b, "--hold")?;
     back.start_move(b, a, "--hold")?;
-    there.set_rate(b, 2 * MIB)?;
-    back.set_rate(a, 2 * MIB)?;
+    there.slow_down(b)?;
+    back.slow_down(a)?;
     let (one, two) = (there.write(b, "")?, back.write(a, "")?);
     one.wait_for_first_write()?;
     two.wait_for_first_write()?;
@@ -233,27 +231,40 @@ pub fn a_volume_does_not_return_below_an_open_old_handle(bed: &Bed) -> Result<()
 pub fn no_host_looks_into_a_volume(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create(a, 32)?;
-    // What a guest would have made in its disk.
+    // What a guest would have made in its disk; this host's udev sees none of it.
     let inside = format!(
         "set -e
+        quiet='activation {{ udev_sync = 0 udev_rules = 0 }}'
         truncate --size 24M /root/guest.img
+        udevadm control --stop-exec-queue
         loop=$(losetup --show --find /root/guest.img)
-        vgcreate --quiet guest $loop
-        lvcreate --quiet --yes --wipesignatures n --size 8M --name inner guest
-        vgchange --quiet --activate n guest
+        vgcreate --quiet --config \"$quiet\" guest $loop
+        lvcreate --quiet --config \"$quiet\" --activate n --zero n --size 8M --name inner guest
         losetup --detach $loop
+        udevadm control --start-exec-queue
+        udevadm settle
         dd if=/root/guest.img of={} bs=1M oflag=direct status=none
         rm /root/guest.img",
         volume.device
     );
     a.shell(&inside)?.ok()?;
-    volume.move_slowly(a, b, MIB)?;
+    volume.move_slowly(a, b)?;
     for node in [a, b] {
-        // As events of udev's would.
-        node.shell("udevadm trigger --subsystem-match=block --action=change; udevadm settle")?
-            .ok()?;
-        let seen = node.shell("pvs -a; vgs; lvs -a; dmsetup ls")?.ok()?;
-        ensure!(!seen.contains("guest"), "{} looks into the volume:\n{seen}", node.name());
+        // What a device sends when it appears and when somebody has written it.
+        for action in ["add", "change"] {
+            let trigger = ["udevadm", "trigger", "--subsystem-match=block", "--action", action];
+            node.exec(&trigger)?.ok()?;
+        }
+        node.exec(&["udevadm", "settle"])?.ok()?;
+        // What dmlocald asks of LVM.
+        Volume::create(node, 16)?.delete(node)?;
+    }
+    let looks = "dmsetup ls | grep guest; ls /run/lvm/vgs_online | grep guest; ls /dev/guest
+        systemctl list-units --all --plain --no-legend 'lvm-activate-*' | grep guest
+        lsblk --noheadings --output NAME,FSTYPE /dev/mapper/dmlocal-* | grep LVM2; true";
+    for node in [a, b] {
+        let seen = node.shell(looks)?.ok()?;
+        ensure!(seen.is_empty(), "{} looks into the volume:\n{seen}", node.name());
     }
     volume.finish_move(a, b)?;
     volume.delete(b)

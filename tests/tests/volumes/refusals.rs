@@ -95,7 +95,7 @@ pub fn requests_during_a_move_change_nothing(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create_full(a, 32)?;
     volume.start_move(a, b, "--hold --wait")?;
-    volume.set_rate(b, 1 << 20)?;
+    volume.slow_down(b)?;
     let before = (snapshot(&volume, a)?, snapshot(&volume, b)?);
     let back = "volume move ID --from https://node-b:7450 --to https://node-a:7450 --hold";
     let published = [
