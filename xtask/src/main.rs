@@ -30,6 +30,8 @@ enum Task {
     Test(ci::TestArguments),
     /// Runs everything that a change must pass
     Ci(ci::CiArguments),
+    /// Measures in virtual machines, as ratios within one run
+    Bench(bench::Arguments),
     /// Checks the conventions that no other tool knows
     Tidy,
     /// A cluster of virtual machines to play with and to script
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
 fn run_task(task: Task) -> Result<ExitCode> {
     match task {
         Task::Demo(arguments) => demo::run(&arguments)?,
+        Task::Bench(arguments) => bench::run(&arguments)?,
         Task::Test(arguments) => ci::test(&arguments)?,
         Task::Ci(arguments) => ci::ci(&arguments)?,
         Task::Tidy => tidy::check()?,
