@@ -178,10 +178,9 @@ impl Vg {
         if matches!(error, LvmError::NoSpace(_)) && rest.len() == wanted.len() {
             return Err(error);
         }
+        idle.push(&self.thin_pool);
         let mut lines = self.creation(&rest, &[]);
-        if !idle.is_empty() {
-            lines.insert(0, self.activation(&idle));
-        }
+        lines.insert(0, self.activation(&idle));
         self.pick(&read_all_lvs(&self.run(&lines)?)?, &wanted)
     }
 
@@ -270,13 +269,17 @@ impl Vg {
         Ok(())
     }
 
-    /// Activates every logical volume of ours.
+    /// Activates the thin pool and every logical volume of ours.
+    ///
+    /// lvm2 deactivates a thin pool with its last thin volume unless the pool
+    /// itself was activated, and then the next volume has to wait for the pool and
+    /// its check; so it is.
     pub fn activate(&self) -> Result<(), LvmError> {
         self.check()?;
         let select = format!("tags={{{LVM_TAG}}}");
-        self.run(&[
-            self.changing("lvchange", &["-y", "-qq", "-K", "-ay", "-S", &select, &self.name])
-        ])?;
+        let ours =
+            self.changing("lvchange", &["-y", "-qq", "-K", "-ay", "-S", &select, &self.name]);
+        self.run(&[self.activation(&[&self.thin_pool]), ours])?;
         Ok(())
     }
 

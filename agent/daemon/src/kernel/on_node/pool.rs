@@ -9,7 +9,9 @@ fn logical_volumes_are_made_adopted_grown_and_removed() {
     let volume = Volume::new();
     let (data, meta) = (volume.data(1), volume.meta(1));
     let wanted = (Some((data.as_str(), SIZE + 512)), Some((meta.as_str(), 4 * MIB)));
+    timed("activate", || bed.vg.activate().unwrap());
     let pool = timed("pool", || bed.vg.pool().unwrap().unwrap());
+    assert!(pool.active && pool.data_percent.is_some());
     println!("{pool:?}");
     let tpool = timed("tpool", || bed.dm.status_text_of(&pool.tpool_dm_uuid()).unwrap());
     println!("{tpool}");
@@ -46,6 +48,11 @@ fn logical_volumes_are_made_adopted_grown_and_removed() {
     sh("lvm", &["vgchange", "--devices", device, "-an", &bed.vg.name]);
     assert!(bed.vg.lvs().unwrap().iter().all(|lv| !lv.active && lv.number.is_none()));
     assert_eq!(bed.vg.pool().unwrap().unwrap().data_percent, None);
+    // An inactive pool only costs the attempt.
+    let other = timed("create in an inactive pool", || {
+        bed.vg.create(Some((&volume.data(2), SIZE)), None, &["g1"]).unwrap()
+    });
+    bed.vg.remove(&[(&other[0].name, &other[0].uuid)]).unwrap();
     timed("activate", || bed.vg.activate().unwrap());
     timed("activate again", || bed.vg.activate().unwrap());
     let lvs = bed.vg.lvs().unwrap();
@@ -62,6 +69,10 @@ fn logical_volumes_are_made_adopted_grown_and_removed() {
     timed("remove none", || bed.vg.remove(&pairs).unwrap());
     assert!(bed.vg.lvs().unwrap().is_empty());
     assert!(lvs.iter().all(|lv| bed.dm.by_uuid(&lv.dm_uuid()).unwrap().is_none()));
+
+    // The pool does not go with its last volume.
+    assert!(bed.vg.pool().unwrap().unwrap().active);
+    bed.dm.status_text_of(&pool.tpool_dm_uuid()).unwrap();
 
     // Another with the old name keeps its life.
     let new = bed.vg.create(Some((&data, SIZE)), None, &["g1"]).unwrap();
