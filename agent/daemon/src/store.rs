@@ -229,3 +229,60 @@ fn encode<T: Serialize>(key: &str, value: &T) -> Result<String, StoreError> {
 fn decode<T: DeserializeOwned>(key: &str, text: &str) -> Result<T, StoreError> {
     serde_json::from_str(text).map_err(|source| StoreError::Entry { key: key.to_owned(), source })
 }
+
+#[cfg(test)]
+mod test {
+    use dmlocal_model::volume::{Fate, Tombstone};
+
+    use super::*;
+
+    fn set_fact(directory: &Path, key: &str, value: &str) {
+        let database = Database::create(directory.join(FILE)).unwrap();
+        let write = database.begin_write().unwrap();
+        write.open_table(FACTS).unwrap().insert(key, value).unwrap();
+        write.commit().unwrap();
+    }
+
+    #[test]
+    fn a_newer_journal_is_refused_and_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        drop(Store::open(directory.path(), "a").unwrap());
+        set_fact(directory.path(), "version", "2");
+        for _ in 0..2 {
+            let error = Store::open(directory.path(), "a").unwrap_err();
+            assert!(matches!(error, StoreError::Newer { found } if found == "2"));
+        }
+    }
+
+    #[test]
+    fn another_nodes_journal_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        drop(Store::open(directory.path(), "a").unwrap());
+        assert!(matches!(Store::open(directory.path(), "b"), Err(StoreError::OtherNode { .. })));
+    }
+
+    #[test]
+    fn only_root_may_enter_and_the_host_stays_the_same() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("state");
+        let host = Store::open(&directory, "a").unwrap().host();
+        assert_eq!(fs::metadata(&directory).unwrap().permissions().mode() & 0o777, 0o700);
+        assert_eq!(Store::open(&directory, "a").unwrap().host(), host);
+    }
+
+    #[test]
+    fn tombstones_outlive_the_process() {
+        let directory = tempfile::tempdir().unwrap();
+        let grant = Uuid::from_u128(1);
+        let id = VolumeId::new(Uuid::from_u128(2));
+        let stone = Tombstone { volume: id, incarnation: grant, grant, fate: Fate::Taken };
+        Store::open(directory.path(), "a")
+            .unwrap()
+            .forget(id, std::slice::from_ref(&stone))
+            .unwrap();
+        let store = Store::open(directory.path(), "a").unwrap();
+        assert_eq!(store.tombstone(grant).unwrap(), Some(stone));
+        assert_eq!(store.tombstone(Uuid::from_u128(9)).unwrap(), None);
+    }
+}

@@ -3,6 +3,8 @@
 //! thousands of times a second against a simulated world.
 
 pub mod admit;
+#[cfg(test)]
+mod examples;
 pub mod hydration;
 pub mod name;
 pub mod plan;

@@ -234,3 +234,77 @@ pub(super) fn volume(view: &View) -> v1::Volume {
 fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    fn grant() -> v1::Grant {
+        let uuid = |last: u8| format!("11111111-2222-4333-8444-5555555555{last:02x}");
+        v1::Grant {
+            id: uuid(1),
+            volume_id: uuid(2),
+            incarnation: uuid(3),
+            generation: 1,
+            size_bytes: 1 << 20,
+            logical_block_size: 512,
+            source_node: "a".into(),
+            source_endpoint: "https://a:7450".into(),
+            node: "b".into(),
+            hold: true,
+            address: "192.0.2.1".into(),
+            port: 4420,
+            subsystem_nqn: "nqn.2014-08.org.nvmexpress:uuid:x".into(),
+            namespace_uuid: uuid(4),
+            namespace_nguid: uuid(5),
+            api_version: API_VERSION,
+            oldest_api_version: OLDEST_API_VERSION,
+        }
+    }
+
+    fn reason(grant: v1::Grant) -> String {
+        match offer(grant, "b").unwrap_err() {
+            ServiceError::Refused(refusal) => refusal.reason().to_owned(),
+            ServiceError::Argument { field, .. } => field.to_owned(),
+            error => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn a_peer_one_version_ahead_is_accepted_and_one_too_new_is_not() {
+        let ahead = v1::Grant { api_version: API_VERSION + 1, ..grant() };
+        assert!(offer(ahead, "b").is_ok());
+        let too_new = v1::Grant {
+            api_version: API_VERSION + 2,
+            oldest_api_version: API_VERSION + 1,
+            ..grant()
+        };
+        assert_eq!(reason(too_new), "PEER_VERSION");
+        let too_old = v1::Grant { api_version: 0, oldest_api_version: 0, ..grant() };
+        assert_eq!(reason(too_old), "PEER_VERSION");
+    }
+
+    #[test]
+    fn a_grant_for_another_node_is_not_a_grant() {
+        assert_eq!(reason(v1::Grant { node: "c".into(), ..grant() }), "GRANT_UNKNOWN");
+    }
+
+    #[test]
+    fn what_could_become_another_option_of_the_connection_is_refused() {
+        let field = |change: fn(&mut v1::Grant)| {
+            let mut changed = grant();
+            change(&mut changed);
+            reason(changed)
+        };
+        assert_eq!(
+            field(|g| g.subsystem_nqn = "nqn,traddr=192.0.2.9".into()),
+            "grant.subsystem_nqn"
+        );
+        assert_eq!(field(|g| g.address = "node-a".into()), "grant.address");
+        assert_eq!(field(|g| g.port = 70000), "grant.port");
+        assert_eq!(field(|g| g.port = 0), "grant.port");
+        assert_eq!(field(|g| g.source_endpoint = "http://a".into()), "grant.source_endpoint");
+        assert_eq!(field(|g| g.generation = 0), "grant.generation");
+        assert_eq!(field(|g| g.namespace_uuid = "x".into()), "grant.namespace_uuid");
+    }
+}
