@@ -105,11 +105,15 @@ impl TlsPeers {
     }
 
     fn moves(&self, peer: &Peer) -> Result<v1::moves_client::MovesClient<Channel>, PeerError> {
+        Ok(v1::moves_client::MovesClient::new(self.channel(peer)?))
+    }
+
+    fn channel(&self, peer: &Peer) -> Result<Channel, PeerError> {
         let unreachable = |why: String| PeerError::Unreachable { node: peer.node.clone(), why };
         let key = (peer.node.clone(), peer.endpoint.clone());
         let mut channels = self.channels.lock().unwrap_or_else(|lock| lock.into_inner());
         if let Some(channel) = channels.get(&key) {
-            return Ok(v1::moves_client::MovesClient::new(channel.clone()));
+            return Ok(channel.clone());
         }
         let tls = self.tls.clone().ok_or_else(|| unreachable("no [tls] is configured".into()))?;
         // The certificate must be the node's own, whatever the URL says.
@@ -120,7 +124,7 @@ impl TlsPeers {
             .timeout(ANSWER)
             .connect_lazy();
         channels.insert(key, channel.clone());
-        Ok(v1::moves_client::MovesClient::new(channel))
+        Ok(channel)
     }
 
     /// A connection that failed once is made anew.
@@ -149,9 +153,10 @@ impl TlsPeers {
 #[async_trait]
 impl Peers for TlsPeers {
     async fn prepare(&self, peer: &Peer) {
-        if let Ok(mut moves) = self.moves(peer) {
+        if let Ok(channel) = self.channel(peer) {
             // Any call opens the connection; this one asks for nothing.
-            let _ = moves.query_grant(v1::QueryGrantRequest::default()).await;
+            let mut nodes = v1::nodes_client::NodesClient::new(channel);
+            let _ = nodes.get_node(v1::GetNodeRequest {}).await;
         }
     }
 

@@ -490,8 +490,12 @@ impl Volumes {
                 work.progress.tuned = Some((*threshold, *batch));
             }
             Step::LoadClone { .. } => work.progress.tuned = None,
-            Step::Allocate { .. } | Step::Grow { .. } | Step::RetireAll | Step::RetireMeta => {
-                locked(&self.pools).remove(&record.pool);
+            // Counted down rather than asked for again: LVM is slow to answer, and
+            // refuses by itself what does not fit.
+            Step::Allocate { meta: Some(meta), .. } => {
+                if let Some(facts) = locked(&self.pools).get_mut(&record.pool) {
+                    facts.free_outside = facts.free_outside.saturating_sub(*meta);
+                }
             }
             _ => {}
         }

@@ -25,6 +25,9 @@ const RECEIVE_TARGETS: [&str; 4] = ["clone", "delay", "multipath", "linear"];
 /// What is needed before a volume can be offered.
 const GRANT_TARGETS: [&str; 3] = ["flakey", "error", "linear"];
 
+/// Room outside the thin pool below which LVM is asked again, in bytes.
+const SCARCE: u64 = 64 << 20;
+
 /// A node's interface in its own words.
 pub struct Service {
     /// The volumes.
@@ -428,12 +431,31 @@ impl Service {
             self.volumes.config.pool(name).ok_or_else(|| Refusal::PoolNotFound(name.to_owned()))?;
         let missing =
             |why: &str| Refusal::PoolMissing { pool: config.name.clone(), why: why.into() };
-        let facts = self
-            .volumes
-            .pool_facts(&config.name, false)
-            .await
-            .map_err(|error| missing(&error.to_string()))?
-            .ok_or_else(|| missing("its volume group or thin pool is not there"))?;
+        let mut facts = None;
+        for fresh in [false, true] {
+            facts = self
+                .volumes
+                .pool_facts(&config.name, fresh)
+                .await
+                .map_err(|error| missing(&error.to_string()))?;
+            // What was counted down may have been given back since.
+            if facts.as_ref().is_some_and(|facts| facts.free_outside >= SCARCE) {
+                break;
+            }
+        }
+        let mut facts =
+            facts.ok_or_else(|| missing("its volume group or thin pool is not there"))?;
+        let (kernel, pool) = (Arc::clone(&self.volumes.kernel), config.name.clone());
+        let usage = tokio::task::spawn_blocking(move || kernel.pool_usage(&pool)).await?;
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "a share of a size is not larger than the size, nor negative"
+        )]
+        if let Ok(usage) = usage {
+            facts.used = (facts.size as f64 * usage) as u64;
+        }
         if !facts.zeroes {
             return Err(missing("the thin pool does not zero new blocks").into());
         }

@@ -74,8 +74,10 @@ impl Kernel for FakeKernel {
         Ok(self.pool.clone())
     }
 
+    #[expect(clippy::cast_precision_loss, reason = "a share")]
     fn pool_usage(&self, _: &str) -> Result<f64, StepError> {
-        Ok(0.0)
+        let pool = self.pool.as_ref().ok_or_else(|| StepError::Failed("no pool".to_owned()))?;
+        Ok(pool.used as f64 / pool.size as f64)
     }
 
     fn ours(&self) -> Result<Vec<String>, StepError> {
