@@ -3,10 +3,10 @@
 //! `cargo xtask test` runs these. They are ignored otherwise, because they need
 //! virtual machines, which take root and packages that only it installs.
 
-use std::time::Duration;
+use std::{env, fs, process::Command, time::Duration};
 
-use anyhow::{Result, ensure};
-use dmlocal_testbed::{Cluster, Options};
+use anyhow::{Context, Result, ensure};
+use dmlocal_testbed::{Cluster, Options, repository};
 
 #[test]
 #[ignore = "needs virtual machines: cargo xtask test"]
@@ -68,4 +68,47 @@ fn commands_on_a_node_run_side_by_side_and_end_as_they_say() -> Result<()> {
         ensure!(node.exec(&["blockdev", "--getsize64", &disk])?.ok()? == (64 << 20).to_string());
         Ok(())
     })
+}
+
+/// The tests in the daemon that need a node's kernel: `kernel::on_node`.
+#[test]
+#[ignore = "needs virtual machines: cargo xtask test"]
+fn the_kernel_does_what_the_design_relies_on() -> Result<()> {
+    let program = fs::read(daemon_tests()?).context("reading the daemon's tests")?;
+    let rules = fs::read(repository().join("agent/dist/udev/54-dmlocal.rules"))?;
+    let one = Options { nodes: 1, dmlocal: false, ..Options::default() };
+    Cluster::run(&one, |cluster| {
+        let node = cluster.node("a")?;
+        node.write("/root/tests", &program)?;
+        node.write("/usr/lib/udev/rules.d/54-dmlocal.rules", &rules)?;
+        node.shell("chmod +x /root/tests && udevadm control --reload")?.ok()?;
+        let tests = [
+            "env",
+            "DMLOCAL_TEST_POOL=dmlocal/pool@/dev/disk/by-id/virtio-pool",
+            "/root/tests",
+            "--ignored",
+            "--nocapture",
+            "--test-threads=1",
+            "kernel::on_node",
+        ];
+        let output = node.exec_with(&tests, b"", Duration::from_secs(900))?;
+        println!("{}", output.stdout);
+        ensure!(output.success(), "{}", output.stderr);
+        Ok(())
+    })
+}
+
+/// Builds the daemon's tests and returns the program.
+fn daemon_tests() -> Result<String> {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let arguments = ["test", "--release", "--no-run", "--message-format", "json", "-p", "dmlocald"];
+    let output = Command::new(cargo).args(arguments).current_dir(repository()).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let messages = String::from_utf8(output.stdout)?;
+    let mut programs = messages.lines().filter_map(|line| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        let is_test = message["profile"]["test"] == true && message["target"]["name"] == "dmlocald";
+        is_test.then(|| message["executable"].as_str().map(str::to_owned))?
+    });
+    programs.next_back().context("cargo names no program")
 }
