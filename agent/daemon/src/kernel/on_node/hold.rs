@@ -83,3 +83,25 @@ fn a_hold_that_could_not_be_swapped() {
     println!("a new write after suspend and resume: {waited:?}; {}", bed.status(&handle));
     bed.set(&handle, Target::Linear { device: below, offset: Sectors(0) });
 }
+
+#[test]
+#[ignore = "needs root and a node's kernel"]
+fn a_sealed_hold_fails_what_it_held() {
+    let bed = Bed::new();
+    let volume = Volume::new();
+    let made = bed.vg.create(Some((&volume.data(1), SIZE)), None, &[]).unwrap();
+    let lv = bed.number(&made[0]);
+    let (middle, handle) = (volume.name(1, Role::Clone), volume.handle());
+    bed.set(&middle, Target::Linear { device: lv, offset: Sectors(0) });
+    let below = bed.dm.device(&middle).unwrap().unwrap().number;
+    bed.set(&handle, Target::Hold { device: below });
+    let number = bed.dm.device(&handle).unwrap().unwrap().number;
+    let write = behind(move || write_at(&open(number, true), 0, 0xdd));
+    still_waits(&write, SHORT);
+    // What is below fails first: then there is nowhere for the writes to go.
+    bed.set(&middle, Target::Error);
+    still_waits(&write, SHORT);
+    bed.set(&handle, Target::Error);
+    assert!(write.recv_timeout(LONG).unwrap().is_err());
+    assert_eq!(read_at(&open(lv, false), 0).unwrap()[0], 0);
+}

@@ -41,6 +41,15 @@ fn a_volume_is_received_hydrated_and_collapsed() {
     assert_eq!(block::discard_max(number).unwrap(), 0);
     assert_eq!(block::size(number).unwrap(), SIZE);
 
+    // Neither what is below nor what is above brings discards back; only the
+    // clone's own table would.
+    bed.set(&src, Target::Queue { path: None });
+    bed.set(&src, Target::Queue { path: Some(namespace) });
+    assert_eq!(block::discard_max(clone_number).unwrap(), 0);
+    bed.set(&handle, Target::Hold { device: clone_number });
+    bed.set(&handle, Target::Linear { device: clone_number, offset: Sectors(0) });
+    assert_eq!(block::discard_max(number).unwrap(), 0);
+
     // Whole regions, a part of one, and across a border.
     let writes = [0, 65536, 65536 + 4096, 3 * 65536 + 8192, 5 * 65536 - 4096, 5 * 65536];
     let written = move |at| writes.contains(&at).then_some(0xee);
