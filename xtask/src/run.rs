@@ -36,8 +36,9 @@ pub(crate) fn cargo(arguments: &[&str], variables: &[(&str, &str)]) -> Result<()
 /// Builds what goes onto nodes, and installs what that takes.
 pub(crate) fn build_for_nodes() -> Result<()> {
     packages::ensure(&[packages::BUILDING, packages::NODES].concat())?;
-    let packages = ["-p", "dmlocald", "-p", "dmlocalctl", "-p", "dmlocal-testbed"];
-    cargo(&[&["build", "--release", "--bins", "--quiet"], &packages[..]].concat(), &[])
+    // The tests are built along, so that this and `cargo test` agree on every
+    // dependency's features and build each once.
+    cargo(&["build", "--release", "--workspace", "--bins", "--tests", "--quiet"], &[])
 }
 
 /// Namespaces and bridges are root's: begins again under sudo when somebody

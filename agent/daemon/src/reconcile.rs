@@ -221,12 +221,8 @@ impl Volumes {
     /// Never for one volume's sake; each goes on trying by itself.
     pub async fn recover(self: &Arc<Self>) -> Result<(), ServiceError> {
         let slots: Vec<_> = locked(&self.slots).values().cloned().collect();
-        let records: Vec<Record> = slots
-            .iter()
-            .filter_map(|slot| slot.view.borrow().as_ref().map(|v| v.record.clone()))
-            .collect();
         let kernel = Arc::clone(&self.kernel);
-        if let Err(error) = tokio::task::spawn_blocking(move || kernel.activate(&records)).await? {
+        if let Err(error) = tokio::task::spawn_blocking(move || kernel.activate(None)).await? {
             warn!(%error, "not all logical volumes could be activated");
         }
         let (sources, others): (Vec<_>, Vec<_>) = slots.into_iter().partition(|slot| {
@@ -356,7 +352,7 @@ impl Volumes {
                 return;
             };
             if rest == Some(Rest::Wait(Wait::Switch)) && !nudged && Instant::now() < next_look {
-                let kernel = Arc::clone(&self.kernel);
+                let (kernel, record) = (Arc::clone(&self.kernel), record.clone());
                 let held = tokio::task::spawn_blocking(move || kernel.held(&record)).await;
                 if matches!(held, Ok(Ok(0))) {
                     continue;
@@ -364,10 +360,8 @@ impl Volumes {
             }
             next_look = Instant::now() + HELD_LOOK;
             if rest == Some(Rest::Wait(Wait::Pool)) {
-                let (kernel, records) = (Arc::clone(&self.kernel), work.record.clone());
-                let activated = tokio::task::spawn_blocking(move || {
-                    kernel.activate(&records.into_iter().collect::<Vec<_>>())
-                });
+                let (kernel, pool) = (Arc::clone(&self.kernel), record.pool.clone());
+                let activated = tokio::task::spawn_blocking(move || kernel.activate(Some(&pool)));
                 if let Ok(Err(error)) = activated.await {
                     debug!(volume = %slot.id, %error, "the pool is still away");
                 }

@@ -65,7 +65,7 @@ impl Kernel for FakeKernel {
         Ok(self.targets.clone())
     }
 
-    fn activate(&self, _: &[Record]) -> Result<(), StepError> {
+    fn activate(&self, _: Option<&str>) -> Result<(), StepError> {
         locked(&self.world).activate(self.node);
         Ok(())
     }

@@ -77,11 +77,12 @@ pub trait Kernel: Send + Sync + 'static {
     /// Device-mapper cannot be asked.
     fn targets(&self) -> Result<Vec<String>, StepError>;
 
-    /// Makes the logical volumes of these records active.
+    /// Makes the pools' logical volumes active, and the thin pools themselves;
+    /// of one pool, or of all.
     ///
     /// # Errors
     /// LVM refuses.
-    fn activate(&self, records: &[Record]) -> Result<(), StepError>;
+    fn activate(&self, pool: Option<&str>) -> Result<(), StepError>;
 
     /// A pool's facts; `None` when it is not there.
     ///

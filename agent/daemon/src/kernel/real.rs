@@ -323,10 +323,10 @@ impl Kernel for RealKernel {
         Ok(self.dm.targets()?.into_iter().map(version).collect())
     }
 
-    fn activate(&self, records: &[Record]) -> Result<(), StepError> {
+    fn activate(&self, pool: Option<&str>) -> Result<(), StepError> {
         let mut outcome = Ok(());
         for (name, vg) in &self.pools {
-            if records.iter().any(|record| record.pool == *name)
+            if pool.is_none_or(|pool| pool == name)
                 && let Err(error) = locked(vg).activate()
             {
                 outcome = Err(error.into());
