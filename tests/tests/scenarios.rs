@@ -101,7 +101,8 @@ fn the_kernel_does_what_the_design_relies_on() -> Result<()> {
 /// Builds the daemon's tests and returns the program.
 fn daemon_tests() -> Result<String> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let arguments = ["test", "--release", "--no-run", "--message-format", "json", "-p", "dmlocald"];
+    // The whole workspace, so that every dependency has the features it was built with.
+    let arguments = ["test", "--release", "--no-run", "--message-format", "json", "--workspace"];
     let output = Command::new(cargo).args(arguments).current_dir(repository()).output()?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let messages = String::from_utf8(output.stdout)?;
