@@ -74,10 +74,10 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let peers = Arc::new(TlsPeers::new(config.tls.as_ref()).context("[tls]")?);
     let volumes = Volumes::open(config.clone(), store, kernel, peers)?;
     let service = Arc::new(Service::new(Arc::clone(&volumes)).await?);
+    volumes.recover().await?;
     for warning in service.warnings().await {
         warn!("{warning}");
     }
-    volumes.recover().await?;
 
     let (stop, stopping) = tokio::sync::watch::channel(false);
     let mut term = signal(SignalKind::terminate())?;

@@ -157,6 +157,8 @@ pub struct Work {
     rest: Option<Rest>,
     detail: String,
     left: bool,
+    /// Ask no other node now.
+    silent: bool,
 }
 
 /// A node's volumes.
@@ -230,10 +232,12 @@ impl Volumes {
         });
         for slot in &sources {
             let mut work = slot.work.lock().await;
-            // Boundless waits hide in questions to peers: the tending task asks.
-            if let Ok(Err(error)) = timeout(RETRY * 10, self.converge(slot, &mut work)).await {
+            // A peer may be booting and waiting for this node: its task asks later.
+            work.silent = true;
+            if let Err(error) = self.converge(slot, &mut work).await {
                 warn!(volume = %slot.id, %error, "not yet recovered");
             }
+            work.silent = false;
         }
         for slot in sources.into_iter().chain(others) {
             slot.nudge.notify_one();
@@ -328,10 +332,11 @@ impl Volumes {
         loop {
             let rest = slot.work.lock().await.rest;
             let pause = match rest {
-                Some(Rest::Settled | Rest::Wait(Wait::Peer)) => None,
+                Some(Rest::Settled) => None,
                 Some(Rest::Wait(Wait::Switch)) => Some(HELD_POLL),
                 Some(Rest::Wait(Wait::Hydration | Wait::Source)) => Some(COPY_LOOK),
-                Some(Rest::Wait(Wait::Operator | Wait::Pool)) => Some(RETRY * 5),
+                Some(Rest::Wait(Wait::Pool)) => Some(RETRY * 2),
+                Some(Rest::Wait(Wait::Operator | Wait::Peer)) => Some(RETRY * 5),
                 None => Some(RETRY),
                 Some(Rest::Gone) => return,
             };
@@ -434,6 +439,9 @@ impl Volumes {
                     self.journal(slot, work, Event::Floor(floor)).await?;
                 }
                 Next::Journal(event) => self.journal(slot, work, event).await?,
+                Next::Ask(_) | Next::AskThenForget(_) if work.silent => {
+                    return Ok(Rest::Wait(Wait::Peer));
+                }
                 Next::Ask(call) => {
                     let event = self.ask(slot, work, &record, call).await?;
                     self.journal(slot, work, event).await?;
@@ -459,13 +467,16 @@ impl Volumes {
         let (kernel, owned) = (Arc::clone(&self.kernel), record.clone());
         let hydrating = record.receiving().is_some_and(|r| r.stage == ReceivingStage::Hydrating);
         let (seen, usage) = tokio::task::spawn_blocking(move || {
-            let usage = if hydrating { kernel.pool_usage(&owned.pool).ok() } else { None };
+            // A pool that cannot be asked counts as full.
+            let full = |_| 1.0;
+            let usage =
+                if hydrating { kernel.pool_usage(&owned.pool).unwrap_or_else(full) } else { 0.0 };
             (kernel.look(&owned), usage)
         })
         .await?;
         let mut seen = seen.map_err(|source| ServiceError::Step { step: "look".into(), source })?;
         let high = self.config.pool(&record.pool).map_or(100.0, |pool| pool.high_water_percent);
-        let is_high = usage.is_some_and(|usage| usage * 100.0 >= high);
+        let is_high = usage * 100.0 >= high;
         work.progress.observe(record, &mut seen, is_high, Instant::now());
         Ok(seen)
     }
@@ -644,7 +655,8 @@ impl Volumes {
                         source_bytes: size,
                         here: record.size.bytes(),
                     }),
-                    Err(error @ PeerError::Refused { .. }) => {
+                    // Any other refusal says nothing about what will be: asked again.
+                    Err(error) if ends_the_grant(&error) => {
                         self.journal(slot, work, Event::SourceRefused).await?;
                         Err(error.into())
                     }
@@ -770,6 +782,12 @@ fn source_of(record: &Record, receiving: &dmlocal_model::volume::Receiving) -> (
 fn is_over(error: &PeerError) -> bool {
     matches!(error, PeerError::Refused { reason, .. }
         if reason == "GRANT_UNKNOWN" || reason == "VOLUME_NOT_FOUND")
+}
+
+/// The source will never fence under this grant.
+fn ends_the_grant(error: &PeerError) -> bool {
+    matches!(error, PeerError::Refused { reason, .. }
+        if reason == "GRANT_UNKNOWN" || reason == "GENERATION_STALE")
 }
 
 /// The step's name without its arguments.

@@ -6,9 +6,9 @@ use dmlocal_model::{
     admit::{self, Admitted, Change, Claim, GrantRequest, Offer, PoolRoom, Refusal},
     hydration,
     name::{DmName, Generation, NQN_PREFIX, Role, VolumeId},
-    plan::{self, Device},
+    plan::{self, Device, Wait},
     table::CloneStatus,
-    volume::{Borrower, Event, ExportName, Record, Tombstone},
+    volume::{Borrower, Event, ExportName, LentStage, Record, Tombstone},
 };
 use tokio::sync::Mutex;
 use uuid::Uuid;
@@ -142,7 +142,7 @@ impl Service {
                     admit::extend(known.record(id)?, size, known.room()?)
                 })
                 .await?;
-                let outcome = self.volumes.converge(slot, work).await;
+                let outcome = self.arrived(slot, work).await;
                 if let Err(cause) = outcome {
                     // The LV may or may not have grown; a volume is as large as
                     // its record says.
@@ -174,7 +174,7 @@ impl Service {
                     admit::attach(known.record(id)?, generation, known.handle.as_ref(), boot)
                 })
                 .await?;
-                let outcome = self.volumes.converge(slot, work).await;
+                let outcome = self.arrived(slot, work).await;
                 self.restore(slot, work, outcome, before).await?;
                 self.shown(id)
             })
@@ -218,10 +218,10 @@ impl Service {
     ) -> Result<Granted, ServiceError> {
         self.needs(&GRANT_TARGETS)?;
         let boot = self.volumes.kernel.boot();
-        let spent = self.volumes.tombstone(to.grant)?;
         let node = self.volumes.config.node.clone();
         self.volumes
             .with(id, async |slot, work| {
+                let spent = self.volumes.tombstone(to.grant)?;
                 // Ports are given out under this lock, and to the journal.
                 let placing = self.placement.lock().await;
                 let request = GrantRequest { to, host_nqn, hold, export: self.new_export() };
@@ -247,12 +247,12 @@ impl Service {
         self.needs(&RECEIVE_TARGETS)?;
         let pool = self.pool_name(pool)?;
         let id = offer.id;
-        let spent = self.volumes.tombstone(offer.source.grant)?;
         let node = self.volumes.config.node.clone();
         let peer =
             Peer { node: offer.source.node.clone(), endpoint: offer.source.endpoint.clone() };
         self.volumes
             .with(id, async |slot, work| {
+                let spent = self.volumes.tombstone(offer.source.grant)?;
                 let begun = self
                     .change(id, slot, work, Room::In(&pool), |known| {
                         let handle = known.handle.as_ref();
@@ -350,9 +350,12 @@ impl Service {
                     admit::fence(record, claim)
                 })
                 .await?;
-                self.volumes.converge(slot, work).await?;
+                self.arrived(slot, work).await?;
                 let record = work.record.as_ref().ok_or(Refusal::GrantUnknown(claim.grant))?;
-                Ok(record.size.bytes())
+                match record.lent().map(|lent| lent.stage) {
+                    Some(LentStage::Fenced | LentStage::Releasing) => Ok(record.size.bytes()),
+                    stage => Err(ServiceError::Internal(format!("not fenced: {stage:?}"))),
+                }
             })
             .await
     }
@@ -431,29 +434,30 @@ impl Service {
             self.volumes.config.pool(name).ok_or_else(|| Refusal::PoolNotFound(name.to_owned()))?;
         let missing =
             |why: &str| Refusal::PoolMissing { pool: config.name.clone(), why: why.into() };
-        let mut facts = None;
+        let mut known = None;
         for fresh in [false, true] {
-            facts = self
+            let facts = self
                 .volumes
                 .pool_facts(&config.name, fresh)
                 .await
                 .map_err(|error| missing(&error.to_string()))?;
+            let (kernel, pool) = (Arc::clone(&self.volumes.kernel), config.name.clone());
+            let usage = tokio::task::spawn_blocking(move || kernel.pool_usage(&pool)).await?;
+            known = facts.zip(usage.ok());
             // What was counted down may have been given back since.
-            if facts.as_ref().is_some_and(|facts| facts.free_outside >= SCARCE) {
+            if known.as_ref().is_some_and(|(facts, _)| facts.free_outside >= SCARCE) {
                 break;
             }
         }
-        let mut facts =
-            facts.ok_or_else(|| missing("its volume group or thin pool is not there"))?;
-        let (kernel, pool) = (Arc::clone(&self.volumes.kernel), config.name.clone());
-        let usage = tokio::task::spawn_blocking(move || kernel.pool_usage(&pool)).await?;
+        let (mut facts, usage) =
+            known.ok_or_else(|| missing("its volume group or thin pool is not there"))?;
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
             clippy::cast_precision_loss,
             reason = "a share of a size is not larger than the size, nor negative"
         )]
-        if let Ok(usage) = usage {
+        {
             facts.used = (facts.size as f64 * usage) as u64;
         }
         if !facts.zeroes {
@@ -678,6 +682,19 @@ impl Service {
             }
         }
         Err(cause)
+    }
+
+    /// Converges; a pool that is away is a refusal here, because the caller would
+    /// take an answer for the deed.
+    async fn arrived(&self, slot: &Slot, work: &mut Work) -> Result<Rest, ServiceError> {
+        match (self.volumes.converge(slot, work).await?, &work.record) {
+            (Rest::Wait(Wait::Pool), Some(record)) => Err(Refusal::PoolMissing {
+                pool: record.pool.clone(),
+                why: "its logical volumes are not active".to_owned(),
+            }
+            .into()),
+            (rest, _) => Ok(rest),
+        }
     }
 
     fn shown(&self, id: VolumeId) -> Result<View, ServiceError> {

@@ -435,10 +435,20 @@ impl Plan<'_> {
         if failure.boot != self.seen.boot {
             return Next::Journal(Event::Rebooted);
         }
-        match &self.seen.handle {
-            Some(handle) if !handle.suspended => one(Step::SuspendHandle),
-            Some(_) | None => Next::Wait(Wait::Operator),
+        match self.running_handle() {
+            true => one(Step::SuspendHandle),
+            false => Next::Wait(Wait::Operator),
         }
+    }
+
+    /// Whether consumers can write through the handle. One that holds writes back
+    /// must not be suspended: that would let them go.
+    fn running_handle(&self) -> bool {
+        let holds = |table: &Table| matches!(table.target, Target::Hold { .. });
+        self.seen
+            .handle
+            .as_ref()
+            .is_some_and(|handle| !handle.suspended && !handle.table.as_ref().is_some_and(holds))
     }
 
     fn allocating(&self, receiving: &Receiving) -> Next {
@@ -466,9 +476,7 @@ impl Plan<'_> {
         if !armed {
             return Next::Journal(Event::Armed);
         }
-        if receiving.stage == S::Hydrating
-            && let Some(next) = self.failed_clone()
-        {
+        if let Some(next) = self.failed_clone() {
             return next;
         }
         let stacked = match receiving.stage {
@@ -556,9 +564,9 @@ impl Plan<'_> {
             CloneStatus::Failed => "dm-clone failed",
         };
         let failed = Event::Failed(Failure { why: why.to_owned(), boot: self.seen.boot });
-        Some(match &self.seen.handle {
-            Some(handle) if !handle.suspended => Next::DoThen(Step::SuspendHandle, failed),
-            Some(_) | None => Next::Journal(failed),
+        Some(match self.running_handle() {
+            true => Next::DoThen(Step::SuspendHandle, failed),
+            false => Next::Journal(failed),
         })
     }
 

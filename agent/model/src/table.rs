@@ -6,8 +6,10 @@ use std::fmt::Write as _;
 use crate::units::{DevNo, Sectors};
 
 /// How long a write is held by the `delay` target when nothing releases it, in
-/// milliseconds: a day. Suspending the device releases it at once.
-pub const HOLD_MS: u32 = 86_400_000;
+/// milliseconds: for ever, because the kernel takes what is negative as an `int`
+/// for the longest time there is (`msecs_to_jiffies`, kernel/time/time.c).
+/// Suspending the device releases it at once.
+pub const HOLD_MS: u32 = u32::MAX;
 
 /// One target.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

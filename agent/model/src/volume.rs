@@ -356,7 +356,9 @@ impl Record {
                     (S::Assembling, Event::Armed) => S::Switching,
                     (S::Held | S::Refused | S::Switching, Event::SwitchAsked) => S::Switching,
                     (S::Switching, Event::SourceFenced) => S::Hydrating,
-                    (S::Switching, Event::SourceRefused) => S::Refused,
+                    (S::Switching, Event::SourceRefused) if receiving.source.hold => S::Refused,
+                    // Nobody was given the device.
+                    (S::Switching, Event::SourceRefused) => S::Aborting,
                     (S::Hydrating, Event::Floor(floor)) => {
                         receiving.floor = receiving.floor.max(floor);
                         S::Hydrating

@@ -79,10 +79,11 @@ pub fn a_destination_that_lost_power_goes_on_copying(bed: &Bed) -> Result<()> {
     b.kill()?;
     writer.lost();
     b.start()?;
+    // The handle comes first, the connection to the source a moment later.
     let back = volume.wait_until(b, "the handle to be back", LATER, |seen| {
-        seen["device_path"] == volume.device.as_str()
+        seen["device_path"] == volume.device.as_str() && seen["state"] == "hydrating"
     })?;
-    ensure!(back["attached"] == true && back["state"] == "hydrating", "{back}");
+    ensure!(back["attached"] == true, "{back}");
     // Every byte is right with a part of them still at the source.
     volume.verify(b)?;
     let writer = volume.write(b, "--rate 4")?;

@@ -111,6 +111,15 @@ pub fn sync_and_drop_cache(device: DevNo) -> io::Result<()> {
     Ok(())
 }
 
+/// Drops what the device's page cache holds and has not changed; writes nothing
+/// back.
+pub fn drop_clean_cache(device: DevNo) -> io::Result<()> {
+    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+    let file = open(device, OpenOptions::new().read(true))?;
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
+        .map_err(|errno| about("drop the cache of", device, errno.into()))
+}
+
 mod ioctl {
     // `BLKFLSBUF` of include/uapi/linux/fs.h: _IO(0x12, 97).
     nix::ioctl_none!(flush_buffers, 0x12, 97);

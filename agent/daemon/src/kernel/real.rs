@@ -262,8 +262,14 @@ impl RealKernel {
     /// Lets consumers of a received volume write: what their page cache has kept
     /// from before the fence may be stale.
     fn open_handle(&self, record: &Record, table: &Table) -> Result<(), StepError> {
+        let name = plan::dm_name(record, Role::Handle);
+        // Before, so that nothing stale is read once writes go through; after, for
+        // what was read in between. Writing back before would wait for the swap.
+        if let Some(handle) = self.dm.device(&name)? {
+            block::drop_clean_cache(handle.number)?;
+        }
         self.set(record, Role::Handle, table)?;
-        if let Some(handle) = self.dm.device(&plan::dm_name(record, Role::Handle))? {
+        if let Some(handle) = self.dm.device(&name)? {
             let number = handle.number;
             dm::interruptible(WRITE_BACK, move || block::sync_and_drop_cache(number), |_| {})?;
         }
@@ -339,10 +345,12 @@ impl Kernel for RealKernel {
         let vg = self.vg(name)?;
         let Some(report) = vg.pool()? else { return Ok(None) };
         let tpool = report.tpool_dm_uuid();
-        let logical_block_size = match self.dm.by_uuid(&tpool)? {
-            Some(device) => block::logical_block_size(device)?,
-            None => 512,
-        };
+        if self.dm.by_uuid(&tpool)?.is_none() {
+            vg.activate()?;
+        }
+        // What an inactive pool is like cannot be known.
+        let Some(device) = self.dm.by_uuid(&tpool)? else { return Ok(None) };
+        let logical_block_size = block::logical_block_size(device)?;
         locked(&self.tpools).insert(name.to_owned(), tpool);
         #[expect(
             clippy::cast_possible_truncation,
@@ -363,7 +371,11 @@ impl Kernel for RealKernel {
     }
 
     fn pool_usage(&self, name: &str) -> Result<f64, StepError> {
-        let tpool = locked(&self.tpools).get(name).cloned();
+        let mut tpool = locked(&self.tpools).get(name).cloned();
+        if tpool.is_none() {
+            self.pool(name)?;
+            tpool = locked(&self.tpools).get(name).cloned();
+        }
         let tpool = tpool.ok_or_else(|| StepError::Failed(format!("pool {name} was not seen")))?;
         let status = self.dm.status_text_of(&tpool)?;
         share_of_data(&status)

@@ -28,7 +28,11 @@ impl v1::nodes_server::Nodes for Face {
         &self,
         request: Request<v1::GetNodeRequest>,
     ) -> Result<Response<v1::Node>, Status> {
-        Caller::of(&request)?.must_be(&ANY)?;
+        let caller = Caller::of(&request)?;
+        caller.must_be(&ANY)?;
+        // A host NQN opens what was exported to that host: it is nobody's business
+        // but that of those who place volumes.
+        let trusted = caller.must_be(&ROLES).is_ok();
         let volumes = &self.service.volumes;
         let config = &volumes.config;
         Ok(Response::new(v1::Node {
@@ -39,10 +43,14 @@ impl v1::nodes_server::Nodes for Face {
             journal_version: JOURNAL_VERSION,
             kernel: volumes.kernel.release(),
             targets: self.service.targets.clone(),
-            warnings: self.service.warnings().await,
+            warnings: if trusted { self.service.warnings().await } else { Vec::new() },
             pools: config.pools.iter().map(|pool| pool.name.clone()).collect(),
             endpoint: config.listen.advertise.clone().unwrap_or_default(),
-            host_nqn: format!("{NQN_PREFIX}{}", volumes.store.host()),
+            host_nqn: if trusted {
+                format!("{NQN_PREFIX}{}", volumes.store.host())
+            } else {
+                String::new()
+            },
         }))
     }
 
