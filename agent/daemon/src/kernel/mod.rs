@@ -1,7 +1,7 @@
 //! The seam between what dmlocal decides and what the kernel and LVM do.
 //!
 //! [`Kernel`] has two verbs: look at one volume, and apply one step to it.
-//! [`real`] does it; [`fake`] simulates it, stops between any two actions, and
+//! [`real`] does it; `fake` simulates it, stops between any two actions, and
 //! is held against the real one by tests that run on both.
 
 pub mod block;
