@@ -1,8 +1,8 @@
 //! The seam between what dmlocal decides and what the kernel and LVM do.
 //!
 //! [`Kernel`] has two verbs: look at one volume, and apply one step to it.
-//! [`real`] does it; `fake` simulates it, stops between any two actions, and
-//! is held against the real one by tests that run on both.
+//! [`real`] does it; `fake` simulates it and stops between any two actions.
+//! `on_node` checks on a real kernel what both rely on.
 
 pub mod block;
 pub mod dm;
