@@ -34,6 +34,25 @@ pub(crate) fn cache() -> Result<PathBuf> {
     Ok(directory)
 }
 
+/// Cargo, in the root of the checkout.
+///
+/// What cargo tells the programs that it runs about themselves is taken away:
+/// build scripts of dependencies depend on such variables, and would run anew.
+pub fn cargo() -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(repository());
+    for (name, _) in env::vars_os() {
+        let of_this_program = name.to_str().is_some_and(|name| {
+            name.starts_with("CARGO_PKG_")
+                || ["CARGO_MANIFEST_DIR", "CARGO_MANIFEST_PATH", "OUT_DIR"].contains(&name)
+        });
+        if of_this_program {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
 /// A command line to run on the host.
 pub(crate) fn command<S: AsRef<OsStr>>(argv: &[S]) -> Command {
     let mut command = Command::new(&argv[0]);

@@ -31,4 +31,4 @@ pub mod wire;
 
 pub use cluster::{Cluster, Node, Options};
 pub use guest::{Output, Running};
-pub use host::{binaries, repository};
+pub use host::{binaries, cargo, repository};

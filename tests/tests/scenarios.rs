@@ -3,10 +3,10 @@
 //! `cargo xtask test` runs these. They are ignored otherwise, because they need
 //! virtual machines, which take root and packages that only it installs.
 
-use std::{env, fs, process::Command, time::Duration};
+use std::{fs, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use dmlocal_testbed::{Cluster, Options, repository};
+use dmlocal_testbed::{Cluster, Options, cargo, repository};
 
 #[test]
 #[ignore = "needs virtual machines: cargo xtask test"]
@@ -100,10 +100,9 @@ fn the_kernel_does_what_the_design_relies_on() -> Result<()> {
 
 /// Builds the daemon's tests and returns the program.
 fn daemon_tests() -> Result<String> {
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     // The whole workspace, so that every dependency has the features it was built with.
     let arguments = ["test", "--release", "--no-run", "--message-format", "json", "--workspace"];
-    let output = Command::new(cargo).args(arguments).current_dir(repository()).output()?;
+    let output = cargo().args(arguments).output()?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let messages = String::from_utf8(output.stdout)?;
     let mut programs = messages.lines().filter_map(|line| {

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use dmlocal_testbed::{packages, repository};
+use dmlocal_testbed::packages;
 use nix::unistd::Uid;
 
 /// Does one part of a longer task and tells how long it took.
@@ -22,10 +22,9 @@ pub(crate) fn part<T>(name: &str, act: impl FnOnce() -> Result<T>) -> Result<T> 
 pub(crate) fn cargo(arguments: &[&str], variables: &[(&str, &str)]) -> Result<()> {
     let shown = format!("cargo {}", arguments.join(" "));
     part(&shown, || {
-        let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut command = Command::new(cargo);
-        command.args(arguments).envs(variables.iter().copied()).current_dir(repository());
-        let status = command.status().context("starting cargo")?;
+        let mut command = dmlocal_testbed::cargo();
+        let status = command.args(arguments).envs(variables.iter().copied()).status();
+        let status = status.context("starting cargo")?;
         if !status.success() {
             bail!("{status}");
         }
