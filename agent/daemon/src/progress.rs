@@ -22,6 +22,9 @@ pub struct Progress {
     samples: VecDeque<(Instant, u64)>,
     /// Settings that the clone was last given by this process.
     pub tuned: Option<(u32, u32)>,
+    /// Whether this process has dropped the handle's page cache since consumers
+    /// may write.
+    pub cache_dropped: bool,
     budget: Option<Budget>,
     stalled_since: Option<SystemTime>,
 }
@@ -37,12 +40,14 @@ impl Progress {
     /// Takes a look into account, and tells it whether copying must rest.
     pub fn observe(&mut self, record: &Record, seen: &mut Seen, pool_is_high: bool, now: Instant) {
         seen.tuned = self.tuned;
+        seen.cache_dropped = self.cache_dropped;
         let hydrating =
             record.receiving().filter(|receiving| receiving.stage == ReceivingStage::Hydrating);
         let (Some(receiving), Some(CloneStatus::Working { hydrated, total, .. })) =
             (hydrating, &seen.clone_status)
         else {
-            *self = Self { tuned: self.tuned, ..Self::default() };
+            let Self { tuned, cache_dropped, .. } = *self;
+            *self = Self { tuned, cache_dropped, ..Self::default() };
             return;
         };
         let here = hydrated.saturating_mul(receiving.region.bytes());

@@ -21,7 +21,7 @@ use dmlocal_model::{
     admit::{Claim, Refusal},
     name::VolumeId,
     plan::{self, Call, Device, Next, Seen, Step, Wait},
-    volume::{Event, Fate, Phase, ReceivingStage, Record, Tombstone},
+    volume::{Event, Failure, Fate, Phase, ReceivingStage, Record, Tombstone},
 };
 use tokio::{
     sync::{Notify, broadcast, watch},
@@ -425,12 +425,31 @@ impl Volumes {
             let next = plan::next(&record, &seen);
             debug!(volume = %slot.id, ?next, "next");
             match next {
-                Next::Do(steps) => self.apply_all(&record, steps, work).await?,
+                Next::Do(steps) => {
+                    let loads = steps.iter().any(is_armed_load);
+                    match self.apply_all(&record, steps, work).await.1 {
+                        // Its metadata is not what the journal knows: nothing but
+                        // an operator can say what is here.
+                        Err(ServiceError::Step { source: StepError::Refused(why), .. })
+                            if loads =>
+                        {
+                            let failure = Failure { why, boot: seen.boot };
+                            self.journal(slot, work, Event::Failed(failure)).await?;
+                        }
+                        outcome => outcome?,
+                    }
+                }
                 Next::DoThen(step, event) => {
                     self.apply(&record, step, work).await?;
                     self.journal(slot, work, event).await?;
                 }
-                Next::Allocate(steps) => self.allocate(slot, &record, steps, work).await?,
+                Next::Allocate(steps) => {
+                    let (event, outcome) = self.apply_all(&record, steps, work).await;
+                    if let Some(event) = event {
+                        self.journal(slot, work, event).await?;
+                    }
+                    outcome?;
+                }
                 Next::JournalFloor => {
                     let kernel = Arc::clone(&self.kernel);
                     let floor = tokio::task::spawn_blocking(move || kernel.committed(&record))
@@ -495,6 +514,8 @@ impl Volumes {
                 work.progress.tuned = Some((*threshold, *batch));
             }
             Step::LoadClone { .. } => work.progress.tuned = None,
+            Step::OpenHandle(_) => work.progress.cache_dropped = false,
+            Step::DropCache(_) => work.progress.cache_dropped = outcome.is_ok(),
             // Counted down rather than asked for again: LVM is slow to answer, and
             // refuses by itself what does not fit.
             Step::Allocate { meta: Some(meta), .. } => {
@@ -513,14 +534,15 @@ impl Volumes {
         })
     }
 
-    /// All at the same time; the first failure is reported once all have ended.
+    /// All at the same time. Returns the event that the first yields, and the
+    /// first failure once all have ended.
     async fn apply_all(
         &self,
         record: &Record,
         steps: Vec<Step>,
         work: &mut Work,
-    ) -> Result<(), ServiceError> {
-        // Steps that go together have no effect on `work`; one alone may.
+    ) -> (Option<Event>, Result<(), ServiceError>) {
+        // Steps that go together have no effect on `work`; the first may.
         let mut steps = steps.into_iter();
         let first = steps.next();
         let others: Vec<_> = steps
@@ -533,51 +555,20 @@ impl Volumes {
                 })
             })
             .collect();
-        let mut outcome = match first {
-            Some(step) => self.apply(record, step, work).await.map(|_| ()),
-            None => Ok(()),
-        };
-        for other in others {
-            let ended = other.await?;
-            if outcome.is_ok() {
-                outcome = ended.map(|_| ());
-            }
-        }
-        outcome
-    }
-
-    async fn allocate(
-        &self,
-        slot: &Slot,
-        record: &Record,
-        mut steps: Vec<Step>,
-        work: &mut Work,
-    ) -> Result<(), ServiceError> {
-        let rest = steps.split_off(1);
-        let others = rest.into_iter().map(|step| {
-            let (kernel, record) = (Arc::clone(&self.kernel), record.clone());
-            tokio::task::spawn_blocking(move || {
-                kernel
-                    .apply(&record, &step)
-                    .map_err(|source| ServiceError::Step { step: name_of(&step), source })
-            })
-        });
-        let others: Vec<_> = others.collect();
-        let mut outcome = match steps.pop() {
+        let (event, mut outcome) = match first {
             Some(step) => match self.apply(record, step, work).await {
-                Ok(Some(event)) => self.journal(slot, work, event).await,
-                Ok(None) => Err(ServiceError::Internal("an allocation named no LV".into())),
-                Err(error) => Err(error),
+                Ok(event) => (event, Ok(())),
+                Err(error) => (None, Err(error)),
             },
-            None => Ok(()),
+            None => (None, Ok(())),
         };
         for other in others {
-            let ended = other.await?;
+            let ended = other.await.map_err(ServiceError::from).flatten();
             if outcome.is_ok() {
-                outcome = ended.map(|_| ());
+                outcome = ended.map(drop);
             }
         }
-        outcome
+        (event, outcome)
     }
 
     /// Journals an event and only then believes it.
@@ -788,6 +779,11 @@ fn is_over(error: &PeerError) -> bool {
 fn ends_the_grant(error: &PeerError) -> bool {
     matches!(error, PeerError::Refused { reason, .. }
         if reason == "GRANT_UNKNOWN" || reason == "GENERATION_STALE")
+}
+
+/// Whether a step loads a clone that may hold data already.
+const fn is_armed_load(step: &Step) -> bool {
+    matches!(step, Step::LoadClone { floor: Some(_), .. })
 }
 
 /// The step's name without its arguments.

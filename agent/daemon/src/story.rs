@@ -173,6 +173,16 @@ impl Pair {
     }
 }
 
+/// What a later process finds of the journals; the earlier one may still have
+/// them open.
+fn copy_journals(from: &std::path::Path, to: &std::path::Path) {
+    for node in ["n0", "n1"] {
+        std::fs::create_dir(to.join(node)).unwrap();
+        let file = format!("{node}/journal.redb");
+        std::fs::copy(from.join(&file), to.join(&file)).unwrap();
+    }
+}
+
 fn offer(record: &dmlocal_model::volume::Record) -> Offer {
     let lent = record.lent().unwrap();
     Offer {
@@ -280,11 +290,7 @@ fn the_story_ends_well_wherever_the_process_dies() {
             break;
         }
         let image = tempfile::tempdir().unwrap();
-        for node in ["n0", "n1"] {
-            std::fs::create_dir(image.path().join(node)).unwrap();
-            let file = format!("{node}/journal.redb");
-            std::fs::copy(directory.path().join(&file), image.path().join(&file)).unwrap();
-        }
+        copy_journals(directory.path(), image.path());
         locked(&world).fuse = None;
         let written = *written.lock().unwrap();
         runtime().block_on(async {
@@ -497,5 +503,33 @@ fn a_full_pool_refuses_the_move_and_the_source_goes_on() {
         assert!(pair.view(1).is_none_or(|view| {
             view.record.receiving().is_none_or(|r| r.stage == ReceivingStage::Aborting)
         }));
+    });
+}
+
+#[test]
+fn a_clone_whose_metadata_is_lost_fails_and_is_never_begun_anew() {
+    let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let world = Arc::new(Mutex::new(World::new(2)));
+    runtime().block_on(async {
+        let pair = Pair::open(Arc::clone(&world), first.path()).await;
+        pair.services[0].create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        pair.services[0].attach(pair.id, None).await.unwrap();
+        pair.begin_move(true).await.unwrap();
+        pair.services[1].switch(pair.id).await.unwrap();
+        assert_eq!(pair.write(1, 0, 7), Io::Done(()));
+    });
+    locked(&world).power_cut(1);
+    locked(&world).lose_metadata(1);
+    runtime().block_on(async {
+        copy_journals(first.path(), second.path());
+        let pair = Pair::open(Arc::clone(&world), second.path()).await;
+        pair.until(1, |view| {
+            let receiving = view.and_then(|view| view.record.receiving());
+            receiving.is_some_and(|receiving| receiving.failure.is_some())
+        })
+        .await;
+        assert_eq!(one(pair.services[1].attach(pair.id, None).await), "VOLUME_FAILED");
+        assert_eq!(pair.read(1, 0), Io::Failed, "a handle over who knows what");
+        assert!(pair.view(0).is_some(), "the source is kept");
     });
 }

@@ -118,6 +118,7 @@ fn swing() -> Seen {
         path_failed: false,
         resting: false,
         tuned: Some((Tuning::default().threshold, Tuning::default().batch)),
+        cache_dropped: true,
     }
 }
 

@@ -57,6 +57,9 @@ pub struct Seen {
     pub resting: bool,
     /// The settings that the clone was last given, when that is known.
     pub tuned: Option<(u32, u32)>,
+    /// Whether the handle's page cache is known to have been dropped since
+    /// consumers may write.
+    pub cache_dropped: bool,
 }
 
 /// A logical volume that is active.
@@ -146,9 +149,11 @@ pub enum Step {
     SuspendHandle,
     /// Resume the device.
     Resume(Role),
-    /// Let consumers write: drop what the page cache holds of the handle and
-    /// give it this table.
+    /// Let consumers write: drop what is clean in the handle's page cache, give
+    /// it this table, and drop that again.
     OpenHandle(Table),
+    /// Write the page cache of this device back and drop it.
+    DropCache(DevNo),
     /// Make the clone refuse discards.
     BlockDiscards(DevNo),
     /// Turn background copying on or off.
@@ -589,9 +594,6 @@ impl Plan<'_> {
         else {
             return Next::Wait(Wait::Operator);
         };
-        if hydrated == total {
-            return Next::DoThen(Step::Commit, Event::Committed);
-        }
         let import = &self.seen.import;
         let reachable = import.live && import.namespace.is_some() && !self.seen.path_failed;
         let tuning = &self.record.tuning;
@@ -599,8 +601,18 @@ impl Plan<'_> {
         if enabled && !wanted {
             return one(Step::Hydrate(false));
         }
-        if !reachable {
+        if hydrated < total && !reachable {
             return self.source_reached(receiving).unwrap_or(Next::Wait(Wait::Source));
+        }
+        // What was read before the fence may have stayed in the page cache. Not
+        // while the source is away: writing back may have to wait for it.
+        if let Some(handle) = &self.seen.handle
+            && !self.seen.cache_dropped
+        {
+            return one(Step::DropCache(handle.number));
+        }
+        if hydrated == total {
+            return Next::DoThen(Step::Commit, Event::Committed);
         }
         if self.seen.tuned != Some((tuning.threshold, tuning.batch)) {
             return one(Step::Tune { threshold: tuning.threshold, batch: tuning.batch });

@@ -40,8 +40,10 @@ pub enum Fault {
     Crash,
     /// Somebody uses the device.
     Busy,
-    /// The kernel, or a guard in front of it, refused.
+    /// The kernel refused.
     Refused(String),
+    /// A check in front of the kernel found something else than it should.
+    Mismatch(String),
 }
 
 /// What became of a request to a device.
@@ -173,6 +175,11 @@ impl World {
             lv.active = false;
             lv.now = lv.stable;
         }
+    }
+
+    /// Loses what every logical volume of a node holds as metadata.
+    pub fn lose_metadata(&mut self, node: usize) {
+        self.nodes[node].lvs.values_mut().for_each(|lv| lv.metadata = Metadata::Garbage);
     }
 
     /// Makes the logical volumes active, as start-up does.
@@ -517,6 +524,7 @@ impl World {
             path_failed: false,
             resting: false,
             tuned: Some((record.tuning.threshold, record.tuning.batch)),
+            cache_dropped: true,
         }
     }
 
@@ -581,10 +589,10 @@ impl World {
                 let here = match (&found, floor) {
                     (Some(Metadata::Clone(bits)), _) => bits.iter().filter(|bit| **bit).count(),
                     (Some(Metadata::Zero), None) => 0,
-                    _ => return Err(Fault::Refused("no clone metadata".into())),
+                    _ => return Err(Fault::Mismatch("no clone metadata".into())),
                 };
                 if floor.is_some_and(|floor| floor > here as u64) {
-                    return Err(Fault::Refused("fewer regions than journalled".into()));
+                    return Err(Fault::Mismatch("fewer regions than journalled".into()));
                 }
                 self.set(node, &name(Role::Clone), table)?;
             }
@@ -600,7 +608,7 @@ impl World {
             Step::Hydrate(on) => {
                 self.change(node, &name(Role::Clone), |m| m.hydrating = *on)?;
             }
-            Step::Tune { .. } | Step::ReinstatePath(_) => self.act()?,
+            Step::Tune { .. } | Step::ReinstatePath(_) | Step::DropCache(_) => self.act()?,
             Step::Commit => {
                 self.act()?;
                 let clone = self.nodes[node].mapped.get(&name(Role::Clone));

@@ -116,7 +116,7 @@ impl Cluster {
         outcome.map_err(|fault| match fault {
             Fault::Crash => Stop::Crash(node),
             Fault::Busy => Stop::Stuck(format!("{step:?}: busy")),
-            Fault::Refused(why) => Stop::Stuck(format!("{step:?}: {why}")),
+            Fault::Refused(why) | Fault::Mismatch(why) => Stop::Stuck(format!("{step:?}: {why}")),
         })
     }
 
@@ -293,28 +293,33 @@ impl Cluster {
         node: usize,
         admit: impl FnOnce(Option<&Record>) -> Result<Admitted, Refusal>,
     ) -> Result<(), Stop> {
-        let record = self.journals[node].record.clone();
-        match admit(record.as_ref()).map_err(Stop::Refused)? {
-            Admitted::Already => {}
-            Admitted::Journal(record) => self.put(node, *record)?,
-        }
+        self.admit(node, admit)?;
         self.converge(node)
     }
 
-    /// What the daemon does after a request that failed half-way.
-    fn undone(
+    /// Whether the request has begun something.
+    fn admit(
         &mut self,
         node: usize,
-        before: &Option<Record>,
-        outcome: Result<(), Stop>,
+        admit: impl FnOnce(Option<&Record>) -> Result<Admitted, Refusal>,
+    ) -> Result<bool, Stop> {
+        let record = self.journals[node].record.clone();
+        match admit(record.as_ref()).map_err(Stop::Refused)? {
+            Admitted::Already => Ok(false),
+            Admitted::Journal(record) => self.put(node, *record).map(|()| true),
+        }
+    }
+
+    /// A request that is undone when it fails half-way, as the daemon does.
+    fn undoable(
+        &mut self,
+        node: usize,
+        admit: impl FnOnce(Option<&Record>) -> Result<Admitted, Refusal>,
         event: Event,
     ) -> Result<(), Stop> {
         // A repeated request has begun nothing and undoes nothing.
-        let begun = match (before, &self.journals[node].record) {
-            (Some(before), Some(now)) => before.phase != now.phase,
-            (None, now) => now.is_some(),
-            (Some(_), None) => false,
-        };
+        let begun = self.admit(node, admit)?;
+        let outcome = self.converge(node);
         if let Err(Stop::Stuck(_)) = outcome
             && begun
             && let Some(record) = self.journals[node].record.clone()
@@ -343,11 +348,11 @@ impl Cluster {
 
     fn create(&mut self, node: usize) -> Result<(), Stop> {
         let (id, incarnation) = (self.id, self.world.unique());
-        let before = self.journals[node].record.clone();
-        let outcome = self.request(node, |record| {
-            admit::create(record, id, VOLUME_BYTES, &Self::room(), incarnation)
-        });
-        self.undone(node, &before, outcome, Event::DeleteAsked)
+        self.undoable(
+            node,
+            |record| admit::create(record, id, VOLUME_BYTES, &Self::room(), incarnation),
+            Event::DeleteAsked,
+        )
     }
 
     fn attach(&mut self, node: usize, named: bool) -> Result<(), Stop> {
@@ -380,11 +385,11 @@ impl Cluster {
             hold,
             export: Some(export),
         };
-        let before = self.journals[from].record.clone();
-        let outcome = self.request(from, |record| {
-            admit::grant(known(record, id)?, request, &name(from), boot, None)
-        });
-        self.undone(from, &before, outcome, Event::RevokeAsked)?;
+        self.undoable(
+            from,
+            |record| admit::grant(known(record, id)?, request, &name(from), boot, None),
+            Event::RevokeAsked,
+        )?;
         let record = self.journals[from].record.clone().unwrap();
         let lent = record.lent().unwrap();
         let offer = Offer {
@@ -402,11 +407,11 @@ impl Cluster {
             },
         };
         let handle = self.handle(to);
-        let before = self.journals[to].record.clone();
-        let outcome = self.request(to, |record| {
-            admit::receive(record, offer, &Self::room(), handle.as_ref(), &name(to), None)
-        });
-        let outcome = self.undone(to, &before, outcome, Event::AbortAsked);
+        let outcome = self.undoable(
+            to,
+            |record| admit::receive(record, offer, &Self::room(), handle.as_ref(), &name(to), None),
+            Event::AbortAsked,
+        );
         if let Err(Stop::Refused(_) | Stop::Stuck(_)) = outcome
             && self.journals[to].record.is_none()
         {

@@ -85,7 +85,8 @@ impl Kernel for FakeKernel {
     }
 
     fn look(&self, record: &Record) -> Result<Seen, StepError> {
-        Ok(Seen { tuned: None, ..locked(&self.world).look(self.node, record) })
+        let seen = locked(&self.world).look(self.node, record);
+        Ok(Seen { tuned: None, cache_dropped: false, ..seen })
     }
 
     fn handle(&self, id: VolumeId) -> Result<Option<Device>, StepError> {
@@ -107,6 +108,7 @@ impl Kernel for FakeKernel {
             }
             Fault::Busy => StepError::Busy(format!("{step:?}")),
             Fault::Refused(why) => StepError::Failed(why),
+            Fault::Mismatch(why) => StepError::Refused(why),
         })
     }
 

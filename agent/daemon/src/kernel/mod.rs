@@ -1,9 +1,12 @@
 //! The seam between what dmlocal decides and what the kernel and LVM do.
 //!
 //! [`Kernel`] has two verbs: look at one volume, and apply one step to it.
-//! [`real`] does it; `fake` simulates it and stops between any two actions.
-//! `on_node` checks on a real kernel what both rely on.
+//! [`real`] does it; `fake` simulates it and stops between any two actions;
+//! `agree` leads both through one story. `on_node` checks on a real kernel what
+//! both rely on.
 
+#[cfg(test)]
+mod agree;
 pub mod block;
 pub mod dm;
 pub mod exec;
@@ -103,8 +106,8 @@ pub trait Kernel: Send + Sync + 'static {
     /// The kernel cannot be asked.
     fn ours(&self) -> Result<Vec<String>, StepError>;
 
-    /// Everything that is there for a volume. `resting` and `tuned` are the
-    /// caller's to fill in.
+    /// Everything that is there for a volume. `resting`, `tuned` and
+    /// `cache_dropped` are the caller's to fill in.
     ///
     /// # Errors
     /// Something cannot be asked.

@@ -14,6 +14,7 @@
 mod hold;
 mod pool;
 mod source;
+mod story;
 mod volume;
 
 use std::{

@@ -270,8 +270,7 @@ impl RealKernel {
         }
         self.set(record, Role::Handle, table)?;
         if let Some(handle) = self.dm.device(&name)? {
-            let number = handle.number;
-            dm::interruptible(WRITE_BACK, move || block::sync_and_drop_cache(number), |_| {})?;
+            block::drop_clean_cache(handle.number)?;
         }
         Ok(())
     }
@@ -452,6 +451,7 @@ impl Kernel for RealKernel {
             path_failed,
             resting: false,
             tuned: None,
+            cache_dropped: false,
         })
     }
 
@@ -487,6 +487,10 @@ impl Kernel for RealKernel {
             Step::SuspendHandle => self.dm.suspend(&name(Role::Handle), SWAP)?,
             Step::Resume(role) => self.dm.resume(&name(*role))?,
             Step::OpenHandle(table) => self.open_handle(record, table)?,
+            Step::DropCache(device) => {
+                let device = *device;
+                dm::interruptible(WRITE_BACK, move || block::sync_and_drop_cache(device), |_| {})?;
+            }
             Step::BlockDiscards(device) => block::block_discards(*device)?,
             Step::Hydrate(true) => self.message_clone(record, "enable_hydration")?,
             Step::Hydrate(false) => self.message_clone(record, "disable_hydration")?,
