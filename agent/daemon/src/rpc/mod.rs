@@ -5,6 +5,8 @@ mod convert;
 mod moves;
 mod nodes;
 mod status;
+#[cfg(test)]
+mod test;
 mod volumes;
 
 use std::{fs, io, os::unix::fs::PermissionsExt as _, path::Path, pin::Pin, sync::Arc};
