@@ -70,6 +70,35 @@ pub fn agents_killed_while_copying_go_on(bed: &Bed) -> Result<()> {
     volume.delete(b)
 }
 
+pub fn agents_killed_while_parting_go_on(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    volume.move_slowly(a, b)?;
+    let writer = volume.write(b, "--rate 4")?;
+    // As long as somebody has it open, the source's logical volume cannot go.
+    let path = format!("lvs --noheadings -o lv_path -S 'lv_name=~{}' @dmlocal", volume.id);
+    let stays = format!("exec 3<$({path}); echo open; exec sleep infinity");
+    let user = a.spawn(&["sh", "-c", &stays])?;
+    user.wait_for_text("open", SOON)?;
+    a.exec(&["systemctl", "kill", "--signal", "STOP", "dmlocald"])?.ok()?;
+    volume.speed_up(b)?;
+    // Everything is there, and the source does not answer.
+    volume.wait_for(b, "collapsing", LATER)?;
+    kill_agent(b)?;
+    volume.wait_for(b, "collapsing", SOON)?;
+    writer.progress()?;
+    kill_agent(a)?;
+    volume.wait_for(a, "releasing", SOON)?;
+    kill_agent(a)?;
+    volume.wait_for(a, "releasing", SOON)?;
+    writer.progress()?;
+    user.kill();
+    volume.finish_move(a, b)?;
+    writer.stop(b)?;
+    volume.verify(b)?;
+    volume.delete(b)
+}
+
 pub fn a_destination_that_lost_power_goes_on_copying(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create_full(a, 32)?;

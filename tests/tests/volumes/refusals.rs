@@ -183,6 +183,45 @@ pub fn a_pool_that_is_away_is_named(bed: &Bed) -> Result<()> {
     volume.delete(a)
 }
 
+pub fn a_pool_of_other_blocks_takes_no_volume_from_elsewhere(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create(a, 32)?;
+    b.shell(
+        "set -e
+        truncate --size 256M /root/coarse.img
+        loop=$(losetup --show --find --sector-size 4096 /root/coarse.img)
+        vgcreate --quiet --quiet coarse $loop
+        lvcreate --quiet --quiet --type thin-pool --size 128M --name pool coarse
+        cp /etc/dmlocal/dmlocald.toml /root/dmlocald.toml
+        printf '\n[[pool]]\nname = \"coarse\"\nvolume_group = \"coarse\"\n' \
+            >>/etc/dmlocal/dmlocald.toml
+        printf 'thin_pool = \"pool\"\ndevices = [\"%s\"]\n' $loop >>/etc/dmlocal/dmlocald.toml
+        systemctl restart dmlocald",
+    )?
+    .ok()?;
+    let outcome = (|| {
+        let pools = ctl(b, "pool list")?;
+        ensure!(pools[1]["logical_block_size"] == 4096, "{pools}");
+        refused(b, &volume.move_line(a, b, "--hold --pool coarse"), "LOGICAL_BLOCK_SIZE")?;
+        // A multiple of 512 is not one of 4096.
+        let odd = format!("volume create {UNKNOWN} --size 33554944 --pool coarse");
+        refused(b, &odd, "SIZE_INVALID")
+    })();
+    b.shell(
+        "set -e
+        mv /root/dmlocald.toml /etc/dmlocal/dmlocald.toml
+        systemctl restart dmlocald
+        vgremove --quiet --quiet --yes coarse
+        losetup --detach-all
+        rm /root/coarse.img",
+    )?
+    .ok()?;
+    outcome?;
+    ensure!(volume.status(b)?.is_none(), "a refused move left something behind");
+    volume.wait_for(a, "local", SOON)?;
+    volume.delete(a)
+}
+
 pub fn a_kernel_without_dm_clone_is_named(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create(a, 32)?;
