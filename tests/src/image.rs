@@ -92,14 +92,14 @@ fn artefact(
     if artefact.exists() {
         return Ok(artefact);
     }
-    println!("making {} (once)", artefact.display());
+    eprintln!("making {} (once)", artefact.display());
     let started = Instant::now();
     let unfinished = cache.join(format!("{kind}.unfinished"));
     remove(&unfinished)?;
     fs::create_dir(&unfinished).context("creating the artefact's directory")?;
     make(&unfinished).with_context(|| format!("making {}", artefact.display()))?;
     fs::rename(&unfinished, &artefact).context("naming the artefact")?;
-    println!("made {} in {:.0} s", artefact.display(), started.elapsed().as_secs_f64());
+    eprintln!("made {} in {:.0} s", artefact.display(), started.elapsed().as_secs_f64());
     Ok(artefact)
 }
 

@@ -30,7 +30,7 @@ pub fn ensure(packages: &[&str]) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    println!("installing {}", missing.join(" "));
+    eprintln!("installing {}", missing.join(" "));
     run_as_root(&["apt-get", "update", "--quiet=2"])?;
     // Debian's QEMU packages refuse to mix versions, and an image tool left from
     // elsewhere would keep the system emulator out.

@@ -300,7 +300,7 @@ pub(crate) fn acceleration(kernel: &Path) -> Result<Acceleration> {
     let answer = host::cache()?.join(format!("kvm-boots-{}", boot.trim()));
     if !answer.exists() {
         let boots = probe(kernel)?;
-        println!("KVM {}", if boots { "works" } else { "does not work here: emulating" });
+        eprintln!("KVM {}", if boots { "works" } else { "does not work here: emulating" });
         fs::write(&answer, if boots { "yes" } else { "no" }).context("noting the answer")?;
     }
     Ok(match fs::read_to_string(&answer).context("reading the answer")?.as_str() {

@@ -20,6 +20,9 @@ const LIMIT: Duration = Duration::from_secs(600);
 const COPIES: usize = 3;
 const WINDOWS: usize = 9;
 
+/// Seconds of writing during which a volume is collapsed.
+const COLLAPSE_S: u32 = 12;
+
 /// Rounds of create, attach, detach, delete, and when memory is first read.
 const ROUNDS: u32 = 200;
 const EARLY_ROUNDS: u32 = 20;
@@ -149,7 +152,7 @@ impl Bench<'_> {
         let fill = format!("dmlocal-writer fill --device /dev/mapper/dmlocal-{big} --seed 1");
         shell(self.a, &fill)?;
         shell(self.a, &format!("dmlocalctl volume detach {big}"))?;
-        let (mut small_s, mut big_s, mut dd_s, mut hydration_s) = (vec![], vec![], vec![], vec![]);
+        let (mut small_s, mut big_s, mut dd_s, mut ratios) = (vec![], vec![], vec![], vec![]);
         let (mut from, mut to) = (self.a, self.b);
         for _ in 0..COPIES {
             let small = self.volume(from, 64)?;
@@ -167,22 +170,24 @@ impl Bench<'_> {
             shell(to, &format!("dmlocalctl volume abort {big}"))?;
 
             big_s.push(self.usable(&big, from, to, "")?);
-            hydration_s.push(self.hydration(to, &big)?);
+            #[expect(clippy::cast_precision_loss, reason = "a power of two")]
+            let dd_rate = (1024 * MIB) as f64 / last(&dd_s);
+            ratios.push(self.hydration(to, &big)? / dd_rate);
             wait_until_local(to, &big)?;
             shell(to, &format!("dmlocalctl volume detach {big}"))?;
             std::mem::swap(&mut from, &mut to);
             self.say(&format!(
-                "usable: {:.2} s for 64 MiB, {:.2} s for 1 GiB; dd {:.1} s, hydration {:.1} s",
+                "usable: {:.2} s for 64 MiB, {:.2} s for 1 GiB; dd {:.1} s, hydration {:.2} of it",
                 last(&small_s),
                 last(&big_s),
                 last(&dd_s),
-                last(&hydration_s)
+                last(&ratios)
             ));
         }
         shell(from, &format!("dmlocalctl volume delete {big}"))?;
         let detail = format!("s: 64 MiB {small_s:.2?}, 1 GiB {big_s:.2?}");
         let (small, big) = (median(&small_s), median(&big_s));
-        let (dd, hydration) = (median(&dd_s), median(&hydration_s));
+        let dd = median(&dd_s);
         Ok(vec![
             Row {
                 name: "usable_1gib_over_64mib",
@@ -200,10 +205,10 @@ impl Bench<'_> {
             },
             Row {
                 name: "hydration_over_dd",
-                value: dd / hydration,
+                value: median(&ratios),
                 bar: 0.8,
                 at_least: true,
-                detail: format!("s: dd {dd_s:.2?}, hydration {hydration_s:.2?}"),
+                detail: format!("bytes per second over those of the dd before: {ratios:.2?}"),
             },
         ])
     }
@@ -221,15 +226,28 @@ impl Bench<'_> {
         Ok(seconds)
     }
 
-    /// Seconds from now, when copying has just begun, until all is copied.
+    /// Bytes per second copied between now and the end, as the clone itself tells.
     fn hydration(&self, to: &Node, id: &str) -> Result<f64> {
-        // The clone's own status, ten times a second, costs next to nothing; the
-        // clone goes once everything is here.
-        let find = format!("name=$(dmsetup ls | awk '/{id}-g[0-9]+-clone/ {{print $1}}')");
-        let missing = "dmsetup status --noflush $name 2>/dev/null | \
-                       awk '/clone/ {split($7, part, \"/\"); if (part[1] != part[2]) print}' | \
-                       grep -q .";
-        timed(to, &format!("{find}; while {missing}; do sleep 0.1; done"))
+        // Ten looks a second cost next to nothing; the clone goes once everything is
+        // here, and its last line says how much that was.
+        let watch = format!(
+            "name=$(dmsetup ls | awk '/{id}-g[0-9]+-clone/ {{print $1}}')
+             first=; from=$(date +%s%N)
+             while line=$(dmsetup status --noflush $name 2>/dev/null); do
+                 set -- $line
+                 [ \"${{3:-}}\" = clone ] || break
+                 [ -n \"$first\" ] || first=${{7%/*}}
+                 last=${{7%/*}}; all=${{7#*/}}; to=$(date +%s%N)
+                 [ $last -lt $all ] || break
+                 sleep 0.1
+             done
+             echo $(( (last - first) * $6 * 512 )) $((to - from))"
+        );
+        let text = shell(to, &watch)?;
+        let (bytes, nanoseconds) = text.trim().split_once(' ').context("no rate")?;
+        let (bytes, nanoseconds): (f64, f64) = (bytes.parse()?, nanoseconds.parse()?);
+        ensure!(bytes > 0.0, "everything was copied before the first look");
+        Ok(bytes / nanoseconds * 1e9)
     }
 
     /// The handle and a bare thin LV, side by side in one fio run.
@@ -288,20 +306,20 @@ impl Bench<'_> {
     /// The longest write of a run in which the handle is switched.
     fn collapse(&self) -> Result<Row> {
         let mut ratios = Vec::new();
-        for _ in 0..COPIES {
-            let id = self.volume(self.a, 64)?;
+        let mut samples = Vec::new();
+        for _ in 0..WINDOWS {
+            let id = self.volume(self.a, 16)?;
             let order = format!(
                 "dmlocalctl volume move {id} --from https://node-a:7450 --to https://node-b:7450 \
                  --hold && dmlocalctl volume switch {id}"
             );
             shell(self.b, &order)?;
-            // Limited, so that copying goes on beside it; long enough to outlast it.
             let report = fio(
                 self.b,
                 &format!(
                     "--rw=randwrite --bs=4k --iodepth=1 --ioengine=libaio --direct=1 --time_based \
-                     --runtime=20 --rate_iops=100 --percentile_list=50:99:99.9 --thread \
-                     --name=guest --filename=/dev/mapper/dmlocal-{id}"
+                     --runtime={COLLAPSE_S} --percentile_list=50:99:99.9 --thread --name=guest \
+                     --filename=/dev/mapper/dmlocal-{id}"
                 ),
             )?;
             let state = shell(self.b, &format!("dmlocalctl status {id} --output json"))?;
@@ -311,11 +329,12 @@ impl Bench<'_> {
             let longest = latency["max"].as_f64().context("fio's longest")?;
             let usual = latency["percentile"]["99.900000"].as_f64().context("fio's p99.9")?;
             ratios.push(longest / usual);
+            samples.push(report["jobs"][0]["write"]["total_ios"].as_u64().unwrap_or(0));
             let end = format!("dmlocalctl volume detach {id} && dmlocalctl volume delete {id}");
             shell(self.b, &end)?;
         }
         self.say(&format!("collapse: {ratios:.2?}"));
-        let detail = format!("runs of 20 s: {ratios:.2?}");
+        let detail = format!("runs of {COLLAPSE_S} s: {ratios:.2?}, of {samples:?} writes");
         Ok(Row {
             name: "collapse_max_over_p999",
             value: median(&ratios),

@@ -81,17 +81,20 @@ impl<'a> Story<'a> {
         ensure!(!writer.has_ended(), "the writer ended: {}", writer.stderr());
         self.stop(writer, a)?;
         self.carry_state()?;
-        self.say("the writer stopped on node-a and goes on on node-b");
+        let before = self.checksum(a, device)?;
+        ensure!(self.checksum(b, device)? == before, "node-b reads other data than node-a");
+        self.say(&format!("the writer stopped on node-a; checksum {before} on both nodes"));
 
         let asked = Instant::now();
         let usable = self.ctl(b, &format!("volume switch {id}"))?;
         let after = passed(asked);
         ensure!(usable["state"] == "hydrating", "it should be hydrating: {usable}");
         let percent = usable["percent"].as_f64().context("no percent")?;
+        ensure!(percent < 10.0, "it was copied before it was usable: {usable}");
         self.say(&format!("switched: node-b writes after {after}, with {percent:.0} % copied"));
         let writer = self.write(b)?;
         let printed = self.first_write(&writer)?;
-        self.say(&format!("its {printed}"));
+        self.say(&format!("the writer goes on on node-b: {printed}"));
 
         let from = Instant::now();
         self.watch_it_fill()?;
@@ -109,11 +112,9 @@ impl<'a> Story<'a> {
         let verify = ["dmlocal-writer", "verify", "--device", device, "--state", STATE];
         let right = b.exec_with(&verify, b"", LIMIT)?.ok()?;
         self.say(&format!("each is as it was acknowledged: {right}"));
-        let sums = b.exec_with(&["cksum", device, &below], b"", LIMIT)?.ok()?;
-        let mut sums = sums.lines().filter_map(|line| line.split_whitespace().next());
-        let (handle, volume) = (sums.next(), sums.next());
-        ensure!(handle.is_some() && handle == volume, "checksums differ: {handle:?} {volume:?}");
-        self.say(&format!("checksum {} of handle and logical volume", handle.unwrap_or("")));
+        let sum = self.checksum(b, device)?;
+        ensure!(self.checksum(b, &below)? == sum, "handle and logical volume differ");
+        self.say(&format!("checksum {sum} of the handle and of the logical volume below it"));
         self.ctl(b, &format!("volume detach {id}"))?;
         self.ctl(b, &format!("volume delete {id}"))?;
         self.say("the end");
@@ -144,6 +145,11 @@ impl<'a> Story<'a> {
         let writer = on.spawn(&line.split_whitespace().collect::<Vec<_>>())?;
         writer.wait_for_text("requests", LIMIT)?;
         Ok(writer)
+    }
+
+    fn checksum(&self, on: &Node, device: &str) -> Result<String> {
+        let sum = on.exec_with(&["cksum", device], b"", LIMIT)?.ok()?;
+        sum.split_whitespace().next().map(ToOwned::to_owned).context("no checksum")
     }
 
     fn first_write(&self, writer: &Running) -> Result<String> {

@@ -11,10 +11,10 @@ use nix::unistd::Uid;
 
 /// Does one part of a longer task and tells how long it took.
 pub(crate) fn part<T>(name: &str, act: impl FnOnce() -> Result<T>) -> Result<T> {
-    println!("==> {name}");
+    eprintln!("==> {name}");
     let started = Instant::now();
     let result = act().with_context(|| name.to_owned())?;
-    println!("==> {name}: {:.1} s", started.elapsed().as_secs_f64());
+    eprintln!("==> {name}: {:.1} s", started.elapsed().as_secs_f64());
     Ok(result)
 }
 

@@ -126,6 +126,19 @@ pub(crate) enum PoolCommand {
     List,
 }
 
+/// Which volume a command means, for callers whose commands may be late.
+#[derive(Debug, Args)]
+pub(crate) struct Which {
+    /// The volume
+    pub(crate) id: String,
+    /// Refuse unless the volume has this generation
+    #[arg(long, value_name = "N")]
+    pub(crate) generation: Option<u64>,
+    /// Refuse unless it is this volume and not a later one of its id
+    #[arg(long, value_name = "UUID")]
+    pub(crate) incarnation: Option<String>,
+}
+
 /// `volume …`
 #[derive(Debug, Subcommand)]
 pub(crate) enum VolumeCommand {
@@ -148,14 +161,12 @@ pub(crate) enum VolumeCommand {
         id: String,
     },
     /// Delete a volume that is neither attached nor published nor moving
-    Delete {
-        /// The volume
-        id: String,
-    },
+    Delete(Which),
     /// Grow a volume, attached or not
     Extend {
         /// The volume
-        id: String,
+        #[command(flatten)]
+        which: Which,
         /// The new size: bytes, or a number with KiB, MiB, GiB or TiB
         #[arg(long, value_parser = size::parse)]
         size: u64,
@@ -170,10 +181,7 @@ pub(crate) enum VolumeCommand {
         generation: Option<u64>,
     },
     /// Remove the volume's device
-    Detach {
-        /// The volume
-        id: String,
-    },
+    Detach(Which),
     /// Move a volume to another node and print its device's path there
     Move {
         /// The volume
@@ -196,15 +204,9 @@ pub(crate) enum VolumeCommand {
     },
     /// The guest has moved: fence the source and start copying; ask the
     /// destination
-    Switch {
-        /// The volume
-        id: String,
-    },
+    Switch(Which),
     /// Give a held move up; ask the destination
-    Abort {
-        /// The volume
-        id: String,
-    },
+    Abort(Which),
 }
 
 /// `hydration …`
@@ -250,7 +252,7 @@ pub(crate) enum PkiCommand {
     /// Make a certificate authority: ca.pem and ca.key
     Init {
         /// The directory; made if it is not there
-        #[arg(long, value_name = "DIR")]
+        #[arg(long, value_name = "DIR", default_value = ".")]
         out: PathBuf,
         /// The CA's common name
         #[arg(long, value_name = "NAME", default_value = "dmlocal CA", value_parser = common_name)]

@@ -13,7 +13,7 @@ use dmlocal_proto::v1::{
 use crate::{
     args::{
         Cli, Command, Global, HydrationCommand, NodeCommand, Output, PkiCommand, PoolCommand,
-        VolumeCommand, check_id,
+        VolumeCommand, Which, check_id,
     },
     client::Agent,
     error::{Failure, reason},
@@ -137,14 +137,17 @@ async fn volume(global: &Global, command: &VolumeCommand) -> Result<(), Failure>
             let volume = agent.ask(agent.volumes().get(GetVolumeRequest { id })).await?;
             print_volume(global, &volume, output::volume)
         }
-        VolumeCommand::Delete { id } => {
+        VolumeCommand::Delete(Which { id, generation, incarnation }) => {
             let (agent, id) = to_volume(global, id).await?;
-            agent.ask(agent.volumes().delete(DeleteVolumeRequest { id })).await?;
+            let (generation, incarnation) = (*generation, incarnation.clone());
+            let ask = DeleteVolumeRequest { id, generation, incarnation };
+            agent.ask(agent.volumes().delete(ask)).await?;
             print_done(global)
         }
-        VolumeCommand::Extend { id, size } => {
+        VolumeCommand::Extend { which: Which { id, generation, incarnation }, size } => {
             let (agent, id) = to_volume(global, id).await?;
-            let ask = ExtendVolumeRequest { id, size_bytes: *size };
+            let (generation, incarnation) = (*generation, incarnation.clone());
+            let ask = ExtendVolumeRequest { id, size_bytes: *size, generation, incarnation };
             let volume = agent.ask(agent.volumes().extend(ask)).await?;
             print_volume(global, &volume, row)
         }
@@ -154,23 +157,29 @@ async fn volume(global: &Global, command: &VolumeCommand) -> Result<(), Failure>
             let volume = agent.ask(agent.volumes().attach(ask)).await?;
             print_volume(global, &volume, moving::device_line)
         }
-        VolumeCommand::Detach { id } => {
+        VolumeCommand::Detach(Which { id, generation, incarnation }) => {
             let (agent, id) = to_volume(global, id).await?;
-            let volume = agent.ask(agent.volumes().detach(DetachVolumeRequest { id })).await?;
+            let (generation, incarnation) = (*generation, incarnation.clone());
+            let ask = DetachVolumeRequest { id, generation, incarnation };
+            let volume = agent.ask(agent.volumes().detach(ask)).await?;
             print_volume(global, &volume, silent)
         }
         VolumeCommand::Move { id, from, to, hold, wait, pool } => {
             let order = moving::Move { id, from, to, hold: *hold, wait: *wait, pool };
             moving::run(global, order).await
         }
-        VolumeCommand::Switch { id } => {
+        VolumeCommand::Switch(Which { id, generation, incarnation }) => {
             let (agent, id) = to_volume(global, id).await?;
-            let volume = agent.ask(agent.moves().switch(SwitchRequest { id })).await?;
+            let (generation, incarnation) = (*generation, incarnation.clone());
+            let ask = SwitchRequest { id, generation, incarnation };
+            let volume = agent.ask(agent.moves().switch(ask)).await?;
             print_volume(global, &volume, row)
         }
-        VolumeCommand::Abort { id } => {
+        VolumeCommand::Abort(Which { id, generation, incarnation }) => {
             let (agent, id) = to_volume(global, id).await?;
-            agent.ask(agent.moves().abort(AbortRequest { id })).await?;
+            let (generation, incarnation) = (*generation, incarnation.clone());
+            let ask = AbortRequest { id, generation, incarnation };
+            agent.ask(agent.moves().abort(ask)).await?;
             print_done(global)
         }
     }

@@ -208,6 +208,9 @@ impl Config {
         {
             return wrong("listen.advertise", "must be an https:// URL");
         }
+        if self.export.as_ref().is_some_and(|export| export.address.is_unspecified()) {
+            return wrong("export.address", "must be the address that other nodes connect to");
+        }
         let mut names = BTreeSet::new();
         for pool in &self.pools {
             if !is_lvm_name(&pool.name) || !names.insert(&pool.name) {
@@ -301,6 +304,7 @@ mod test {
             ("[tls]\n", "[tsl]\n", "tsl"),
             ("https://node-a", "http://node-a", "listen.advertise"),
             ("4420-4430", "4430-4420", "range of ports"),
+            ("address = \"127.0.0.1\"", "address = \"0.0.0.0\"", "export.address"),
             ("volume_group = \"vg\"", "volume_group = \"--config\"", "pool.volume_group"),
             ("/dev/x", "x", "pool.devices"),
             ("thin_pool = \"pool\"", "thin_pool = \"pool\"\noverprovisioning = 0.5", "overprov"),

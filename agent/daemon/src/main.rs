@@ -57,18 +57,26 @@ fn main() -> anyhow::Result<()> {
         .with_ansi(false)
         .without_time()
         .init();
+    let span = tracing::info_span!("agent", node = %config.node);
+    let of_every_thread = span.clone();
     // Two workers: the work is waiting, and memory counts on a hypervisor.
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_keep_alive(std::time::Duration::from_secs(2))
+        .on_thread_start(move || {
+            // For as long as the thread lives: whatever it logs is this node's.
+            std::mem::forget(of_every_thread.clone().entered());
+        })
         .enable_all()
-        .build()?
-        .block_on(run(config))
+        .build()?;
+    let _entered = span.entered();
+    let outcome = runtime.block_on(run(config));
+    // A call that hangs in the kernel keeps nobody from leaving.
+    runtime.shutdown_background();
+    outcome
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {
-    let span = tracing::info_span!("agent", node = %config.node);
-    let _entered = span.enter();
     let store = Store::open(&config.state, &config.node)?;
     let kernel = Arc::new(RealKernel::new(&config, store.host())?);
     let peers = Arc::new(TlsPeers::new(config.tls.as_ref()).context("[tls]")?);

@@ -27,6 +27,7 @@ pub struct Progress {
     pub cache_dropped: bool,
     budget: Option<Budget>,
     stalled_since: Option<SystemTime>,
+    resting: bool,
 }
 
 #[derive(Debug)]
@@ -56,6 +57,7 @@ impl Progress {
             self.samples.pop_front();
         }
         seen.resting = pool_is_high || self.over_budget(record.tuning.rate, here, now);
+        self.resting = seen.resting;
         let silent = hydrated < total && (!seen.import.live || seen.path_failed);
         self.stalled_since = silent.then(|| self.stalled_since.unwrap_or_else(SystemTime::now));
     }
@@ -93,6 +95,11 @@ impl Progress {
         }
         let copied = u128::from(last.1.saturating_sub(first.1));
         u64::try_from(copied * 1000 / elapsed).ok()
+    }
+
+    /// Whether copying was told to rest at the last look.
+    pub const fn is_resting(&self) -> bool {
+        self.resting
     }
 
     /// Since when the source has been silent.

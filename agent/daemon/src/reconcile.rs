@@ -25,7 +25,7 @@ use dmlocal_model::{
 };
 use tokio::{
     sync::{Notify, broadcast, watch},
-    task::JoinError,
+    task::{JoinError, JoinHandle},
     time::{sleep, timeout},
 };
 use tracing::{debug, info, warn};
@@ -107,6 +107,23 @@ pub enum ServiceError {
     },
 }
 
+impl ServiceError {
+    /// The step that failed, where it was one.
+    pub fn step(&self) -> Option<&str> {
+        match self {
+            Self::Step { step, .. } => Some(step),
+            Self::Undo { cause, .. } => cause.step(),
+            Self::Refused(_)
+            | Self::Argument { .. }
+            | Self::Id(_)
+            | Self::Peer(_)
+            | Self::SizeMismatch { .. }
+            | Self::Journal(_)
+            | Self::Internal(_) => None,
+        }
+    }
+}
+
 impl From<JoinError> for ServiceError {
     fn from(error: JoinError) -> Self {
         Self::Internal(format!("a task ended early: {error}"))
@@ -159,6 +176,22 @@ pub struct Work {
     left: bool,
     /// Ask no other node now.
     silent: bool,
+    attempt: Option<Attempt>,
+}
+
+/// A connection to a source, tried beside everything else: the volume's lock is
+/// not held meanwhile.
+#[derive(Debug)]
+struct Attempt {
+    task: JoinHandle<()>,
+    /// Not again before.
+    until: Instant,
+}
+
+impl Attempt {
+    fn is_recent(&self) -> bool {
+        !self.task.is_finished() || Instant::now() < self.until
+    }
 }
 
 /// A node's volumes.
@@ -235,7 +268,7 @@ impl Volumes {
             // A peer may be booting and waiting for this node: its task asks later.
             work.silent = true;
             if let Err(error) = self.converge(slot, &mut work).await {
-                warn!(volume = %slot.id, %error, "not yet recovered");
+                warn!(volume = %slot.id, step = error.step(), %error, "not yet recovered");
             }
             work.silent = false;
         }
@@ -357,6 +390,11 @@ impl Volumes {
                 return;
             };
             if rest == Some(Rest::Wait(Wait::Switch)) && !nudged && Instant::now() < next_look {
+                let stage = record.receiving().map(|receiving| receiving.stage);
+                if stage == Some(ReceivingStage::Refused) {
+                    // Whatever waits, waits for an operator.
+                    continue;
+                }
                 let (kernel, record) = (Arc::clone(&self.kernel), record.clone());
                 let held = tokio::task::spawn_blocking(move || kernel.held(&record)).await;
                 if matches!(held, Ok(Ok(0))) {
@@ -375,7 +413,7 @@ impl Volumes {
             if let Err(error) = self.converge(&slot, &mut work).await
                 && work.detail != before
             {
-                warn!(volume = %slot.id, %error, "will be tried again");
+                warn!(volume = %slot.id, step = error.step(), %error, "will be tried again");
             }
             if work.record.is_none() {
                 self.leave(&slot, &mut work);
@@ -402,7 +440,9 @@ impl Volumes {
         match &outcome {
             Ok(rest) => {
                 work.rest = Some(*rest);
-                work.detail = work.record.as_ref().map(|r| describe(r, *rest)).unwrap_or_default();
+                let resting = work.progress.is_resting();
+                work.detail =
+                    work.record.as_ref().map(|r| describe(r, *rest, resting)).unwrap_or_default();
             }
             Err(error) => {
                 work.rest = None;
@@ -425,6 +465,9 @@ impl Volumes {
             let next = plan::next(&record, &seen);
             debug!(volume = %slot.id, ?next, "next");
             match next {
+                Next::Do(steps) if plan::is_attempt(&record, &steps) => {
+                    work.attempt = steps.into_iter().next().map(|step| self.attempt(&record, step));
+                }
                 Next::Do(steps) => {
                     let loads = steps.iter().any(is_armed_load);
                     match self.apply_all(&record, steps, work).await.1 {
@@ -496,8 +539,20 @@ impl Volumes {
         let mut seen = seen.map_err(|source| ServiceError::Step { step: "look".into(), source })?;
         let high = self.config.pool(&record.pool).map_or(100.0, |pool| pool.high_water_percent);
         let is_high = usage * 100.0 >= high;
+        seen.connecting = work.attempt.as_ref().is_some_and(Attempt::is_recent);
         work.progress.observe(record, &mut seen, is_high, Instant::now());
         Ok(seen)
+    }
+
+    /// Begins a step that nobody waits for; the next look finds its outcome.
+    fn attempt(&self, record: &Record, step: Step) -> Attempt {
+        let (kernel, record) = (Arc::clone(&self.kernel), record.clone());
+        let task = tokio::task::spawn_blocking(move || {
+            if let Err(error) = kernel.apply(&record, &step) {
+                debug!(volume = %record.id, step = name_of(&step), %error, "not yet");
+            }
+        });
+        Attempt { task, until: Instant::now() + RETRY * 2 }
     }
 
     async fn apply(
@@ -524,6 +579,11 @@ impl Volumes {
                 }
             }
             _ => {}
+        }
+        if let (Step::Allocate { .. }, Err(StepError::Failed(why))) = (&step, &outcome)
+            && !matches!(self.pool_facts(&record.pool, true).await, Ok(Some(_)))
+        {
+            return Err(Refusal::PoolMissing { pool: record.pool.clone(), why: why.clone() }.into());
         }
         outcome.map_err(|source| match source {
             StepError::NoRoom(_) => {
@@ -792,7 +852,7 @@ fn name_of(step: &Step) -> String {
     text.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default().to_owned()
 }
 
-fn describe(record: &Record, rest: Rest) -> String {
+fn describe(record: &Record, rest: Rest, resting: bool) -> String {
     if let Some(failure) = record.receiving().and_then(|receiving| receiving.failure.as_ref()) {
         return failure.why.clone();
     }
@@ -807,6 +867,9 @@ fn describe(record: &Record, rest: Rest) -> String {
         }
         Rest::Wait(Wait::Operator) => "a device is not as the journal says".to_owned(),
         Rest::Wait(Wait::Hydration) if record.tuning.paused => "paused".to_owned(),
+        Rest::Wait(Wait::Hydration) if resting => {
+            "copying rests: its byte rate is used up, or the pool is nearly full".to_owned()
+        }
         Rest::Settled | Rest::Gone | Rest::Wait(_) => String::new(),
     }
 }

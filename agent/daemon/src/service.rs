@@ -1,9 +1,16 @@
 //! Requests: admit, journal, converge, and undo what a failed one had begun.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    net::TcpListener,
+    sync::{
+        Arc,
+        atomic::{AtomicU16, Ordering},
+    },
+};
 
 use dmlocal_model::{
-    admit::{self, Admitted, Change, Claim, GrantRequest, Offer, PoolRoom, Refusal},
+    admit::{self, Admitted, Change, Claim, GrantRequest, Offer, PoolRoom, Refusal, Which},
     hydration,
     name::{DmName, Generation, NQN_PREFIX, Role, VolumeId},
     plan::{self, Device, Wait},
@@ -36,6 +43,9 @@ pub struct Service {
     placement: Mutex<()>,
     /// Device-mapper targets of this kernel, as `name major.minor.patch`.
     pub targets: Vec<String>,
+    /// The port that was given out last: one that is free again may still be tried
+    /// by a peer that has not heard of it.
+    last_port: AtomicU16,
 }
 
 /// A grant and the volume it is for.
@@ -51,6 +61,8 @@ enum Room<'a> {
     None,
     /// In this pool, before there is a record.
     In(&'a str),
+    /// The same, and LVM is asked first, because nobody is in a hurry.
+    Fresh(&'a str),
     /// In the record's pool.
     OfRecord,
 }
@@ -87,7 +99,7 @@ impl Service {
         let targets = tokio::task::spawn_blocking(move || kernel.targets())
             .await?
             .map_err(|source| ServiceError::Step { step: "targets".into(), source })?;
-        Ok(Self { volumes, placement: Mutex::default(), targets })
+        Ok(Self { volumes, placement: Mutex::default(), targets, last_port: AtomicU16::new(0) })
     }
 
     /// Creates a blank volume.
@@ -99,7 +111,7 @@ impl Service {
         self.volumes
             .with(id, async |slot, work| {
                 let begun = self
-                    .change(id, slot, work, Room::In(&pool), |known| {
+                    .change(id, slot, work, Room::Fresh(&pool), |known| {
                         if known.handle.is_some() && known.record.is_none() {
                             return Err(left_over(id));
                         }
@@ -116,14 +128,15 @@ impl Service {
     ///
     /// # Errors
     /// See [`admit::delete`].
-    pub async fn delete(&self, id: VolumeId) -> Result<(), ServiceError> {
+    pub async fn delete(&self, which: impl Into<Which>) -> Result<(), ServiceError> {
+        let which = which.into();
         self.volumes
-            .with(id, async |slot, work| {
-                if work.record.is_none() {
+            .with(which.id, async |slot, work| {
+                if let Err(Refusal::VolumeNotFound(_)) = which.of(work.record.as_ref()) {
                     return Ok(());
                 }
-                self.change(id, slot, work, Room::None, |known| {
-                    admit::delete(known.record(id)?, known.handle.as_ref())
+                self.change(which.id, slot, work, Room::None, |known| {
+                    admit::delete(which.of(known.record)?, known.handle.as_ref())
                 })
                 .await?;
                 self.volumes.converge(slot, work).await.map(|_| ())
@@ -135,11 +148,14 @@ impl Service {
     ///
     /// # Errors
     /// See [`admit::extend`].
-    pub async fn extend(&self, id: VolumeId, size: u64) -> Result<View, ServiceError> {
+    pub async fn extend(&self, which: impl Into<Which>, size: u64) -> Result<View, ServiceError> {
+        let which = which.into();
+        let id = which.id;
         self.volumes
             .with(id, async |slot, work| {
+                which.of(work.record.as_ref())?;
                 self.change(id, slot, work, Room::OfRecord, |known| {
-                    admit::extend(known.record(id)?, size, known.room()?)
+                    admit::extend(which.of(known.record)?, size, known.room()?)
                 })
                 .await?;
                 let outcome = self.arrived(slot, work).await;
@@ -185,20 +201,28 @@ impl Service {
     ///
     /// # Errors
     /// See [`admit::detach`].
-    pub async fn detach(&self, id: VolumeId) -> Result<View, ServiceError> {
+    pub async fn detach(&self, which: impl Into<Which>) -> Result<View, ServiceError> {
+        let which = which.into();
+        let id = which.id;
         self.volumes
             .with(id, async |slot, work| {
                 let before = work.record.clone();
                 self.change(id, slot, work, Room::None, |known| {
-                    admit::detach(known.record(id)?, known.handle.as_ref())
+                    admit::detach(which.of(known.record)?, known.handle.as_ref())
                 })
                 .await?;
+                let outcome = self.volumes.converge(slot, work).await;
                 // Once the handle is gone, whatever else failed is tried again.
-                if let Err(ServiceError::Step { source: StepError::Busy(path), .. }) =
-                    self.volumes.converge(slot, work).await
-                {
-                    let refusal = Refusal::HandleInUse { path }.into();
-                    self.restore(slot, work, Err(refusal), before).await?;
+                let handle = self.volumes.handle(id).await?;
+                if handle.is_some_and(|handle| !handle.leaving) {
+                    let cause = match outcome {
+                        Err(ServiceError::Step { source: StepError::Busy(path), .. }) => {
+                            Refusal::HandleInUse { path }.into()
+                        }
+                        Err(cause) => cause,
+                        Ok(rest) => ServiceError::Internal(format!("{rest:?} with a handle")),
+                    };
+                    self.restore(slot, work, Err(cause), before).await?;
                 }
                 self.shown(id)
             })
@@ -224,9 +248,11 @@ impl Service {
                 let spent = self.volumes.tombstone(to.grant)?;
                 // Ports are given out under this lock, and to the journal.
                 let placing = self.placement.lock().await;
-                let request = GrantRequest { to, host_nqn, hold, export: self.new_export() };
+                let export = self.new_export();
+                let request = GrantRequest { to, host_nqn, hold, export };
                 let begun = self
                     .change(id, slot, work, Room::None, |known| {
+                        let request = request.clone();
                         admit::grant(known.record(id)?, request, &node, boot, spent.as_ref())
                     })
                     .await?;
@@ -258,7 +284,7 @@ impl Service {
                         let handle = known.handle.as_ref();
                         admit::receive(
                             known.record,
-                            offer,
+                            offer.clone(),
                             known.room()?,
                             handle,
                             &node,
@@ -280,11 +306,15 @@ impl Service {
     /// # Errors
     /// See [`admit::switch`]; when the source does not answer, the switch goes
     /// on by itself as soon as it does.
-    pub async fn switch(&self, id: VolumeId) -> Result<View, ServiceError> {
+    pub async fn switch(&self, which: impl Into<Which>) -> Result<View, ServiceError> {
+        let which = which.into();
+        let id = which.id;
         self.volumes
             .with(id, async |slot, work| {
-                self.change(id, slot, work, Room::None, |known| admit::switch(known.record(id)?))
-                    .await?;
+                self.change(id, slot, work, Room::None, |known| {
+                    admit::switch(which.of(known.record)?)
+                })
+                .await?;
                 self.volumes.converge(slot, work).await?;
                 self.shown(id)
             })
@@ -295,10 +325,11 @@ impl Service {
     ///
     /// # Errors
     /// See [`admit::abort`].
-    pub async fn abort(&self, id: VolumeId) -> Result<(), ServiceError> {
+    pub async fn abort(&self, which: impl Into<Which>) -> Result<(), ServiceError> {
+        let which = which.into();
         self.volumes
-            .with(id, async |slot, work| {
-                let record = work.record.clone().ok_or(Refusal::VolumeNotFound(id))?;
+            .with(which.id, async |slot, work| {
+                let record = which.of(work.record.as_ref())?.clone();
                 let kernel = Arc::clone(&self.volumes.kernel);
                 // Nobody else acts while the lock is held: what is counted here
                 // is what the decision stands on, and whatever comes later
@@ -306,8 +337,8 @@ impl Service {
                 let held = tokio::task::spawn_blocking(move || kernel.held(&record))
                     .await?
                     .map_err(|source| ServiceError::Step { step: "look".into(), source })?;
-                self.change(id, slot, work, Room::None, |known| {
-                    admit::abort(known.record(id)?, held)
+                self.change(which.id, slot, work, Room::None, |known| {
+                    admit::abort(which.of(known.record)?, held)
                 })
                 .await?;
                 self.volumes.converge(slot, work).await.map(|_| ())
@@ -425,17 +456,18 @@ impl Service {
         Ok(here || stone.is_some_and(|stone| stone.fate == Fate::Taken))
     }
 
-    /// Room in a pool as it stands.
+    /// Room in a pool as it stands; `fresh` asks LVM whatever is known already.
     ///
     /// # Errors
     /// The pool is not configured, not there, or not fit for use.
-    pub async fn room(&self, name: &str) -> Result<PoolRoom, ServiceError> {
+    pub async fn room(&self, name: &str, fresh: bool) -> Result<PoolRoom, ServiceError> {
         let config =
             self.volumes.config.pool(name).ok_or_else(|| Refusal::PoolNotFound(name.to_owned()))?;
         let missing =
             |why: &str| Refusal::PoolMissing { pool: config.name.clone(), why: why.into() };
         let mut known = None;
-        for fresh in [false, true] {
+        let rounds = if fresh { &[true][..] } else { &[false, true] };
+        for fresh in rounds.iter().copied() {
             let facts = self
                 .volumes
                 .pool_facts(&config.name, fresh)
@@ -522,7 +554,7 @@ impl Service {
         }
         for pool in &config.pools {
             let name = &pool.name;
-            match self.volumes.pool_facts(name, false).await {
+            match self.volumes.pool_facts(name, true).await {
                 Ok(Some(facts)) => {
                     if !facts.zeroes {
                         warnings.push(format!("pool {name}: new blocks are not zeroed"));
@@ -589,7 +621,14 @@ impl Service {
             .iter()
             .filter_map(|view| view.record.lent().map(|lent| lent.export.port))
             .collect();
-        let port = (export.ports.first..=export.ports.last).find(|port| !taken.contains(port))?;
+        let (first, last) = (export.ports.first, export.ports.last);
+        let after = self.last_port.load(Ordering::Relaxed).clamp(first, last);
+        // Another target's port, or anybody's, is not ours to use.
+        let is_free = |port: &u16| {
+            !taken.contains(port) && TcpListener::bind((export.address, *port)).is_ok()
+        };
+        let port = (after..=last).skip(1).chain(first..=after).find(is_free)?;
+        self.last_port.store(port, Ordering::Relaxed);
         Some(ExportName {
             subsystem_nqn: format!("{NQN_PREFIX}{}", Uuid::new_v4()),
             namespace_uuid: Uuid::new_v4(),
@@ -606,24 +645,30 @@ impl Service {
         slot: &Slot,
         work: &mut Work,
         room: Room<'_>,
-        admit: impl FnOnce(&Known<'_>) -> Result<Admitted, Refusal>,
+        admit: impl Fn(&Known<'_>) -> Result<Admitted, Refusal>,
     ) -> Result<Begun, ServiceError> {
         let handle = self.volumes.handle(id).await?;
         let pool = match room {
             Room::None => None,
-            Room::In(pool) => Some(pool.to_owned()),
+            Room::In(pool) | Room::Fresh(pool) => Some(pool.to_owned()),
             Room::OfRecord => work.record.as_ref().map(|record| record.pool.clone()),
         };
         let placing = match &pool {
             Some(_) => Some(self.placement.lock().await),
             None => None,
         };
-        let room = match &pool {
-            Some(pool) => Some(self.room(pool).await?),
-            None => None,
-        };
         let record = work.record.clone();
-        let admitted = admit(&Known { record: record.as_ref(), handle, room })?;
+        let mut known = Known { record: record.as_ref(), handle, room: None };
+        if let Some(pool) = &pool {
+            known.room = Some(self.room(pool, matches!(room, Room::Fresh(_))).await?);
+        }
+        let mut admitted = admit(&known);
+        if let (Some(pool), Err(Refusal::NoRoom { .. })) = (&pool, &admitted) {
+            // Somebody may have made room meanwhile.
+            known.room = Some(self.room(pool, true).await?);
+            admitted = admit(&known);
+        }
+        let admitted = admitted?;
         let begun = match admitted {
             Admitted::Already => Begun(false),
             Admitted::Journal(record) => {
@@ -684,8 +729,9 @@ impl Service {
         Err(cause)
     }
 
-    /// Converges; a pool that is away is a refusal here, because the caller would
-    /// take an answer for the deed.
+    /// Converges; a pool that is away, or devices that only an operator can put
+    /// right, are a refusal here, because the caller would take an answer for the
+    /// deed.
     async fn arrived(&self, slot: &Slot, work: &mut Work) -> Result<Rest, ServiceError> {
         match (self.volumes.converge(slot, work).await?, &work.record) {
             (Rest::Wait(Wait::Pool), Some(record)) => Err(Refusal::PoolMissing {
@@ -693,6 +739,12 @@ impl Service {
                 why: "its logical volumes are not active".to_owned(),
             }
             .into()),
+            (Rest::Wait(Wait::Operator), Some(record)) => {
+                let id = record.id;
+                let view = self.volumes.view(id);
+                let why = view.map_or_else(String::new, |view| view.detail);
+                Err(Refusal::VolumeFailed { id, why }.into())
+            }
             (rest, _) => Ok(rest),
         }
     }

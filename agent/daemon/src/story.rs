@@ -9,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use dmlocal_model::{
-    admit::{Claim, Offer, Refusal},
+    admit::{Claim, Offer, Refusal, Which},
     name::VolumeId,
     sim::{Io, REGIONS, VOLUME_BYTES, World},
     volume::{Borrower, Phase, ReceivingStage, Source},
@@ -364,6 +364,17 @@ fn bad_requests_are_refused_with_a_reason_and_change_nothing() {
         assert_eq!(one(a.attach(id, Some(wrong)).await), "GENERATION_STALE");
         assert_eq!(one(a.grant(id, to("n0", 1), "nqn".into(), true).await), "MOVE_TO_SELF");
 
+        // A call that was meant for an earlier copy, or for an earlier volume of
+        // that id, comes too late.
+        let stale = Which { generation: Some(wrong), ..Which::from(id) };
+        assert_eq!(one(a.delete(stale).await), "GENERATION_STALE");
+        assert_eq!(one(a.detach(stale).await), "GENERATION_STALE");
+        assert_eq!(one(a.extend(stale, 2 * VOLUME_BYTES).await), "GENERATION_STALE");
+        let earlier = Which { incarnation: Some(Uuid::from_u128(5)), ..Which::from(id) };
+        assert_eq!(one(a.extend(earlier, 2 * VOLUME_BYTES).await), "VOLUME_NOT_FOUND");
+        a.delete(earlier).await.unwrap();
+        assert!(a.volumes.view(id).is_some(), "a late delete took a later volume");
+
         a.attach(id, None).await.unwrap();
         assert_eq!(one(a.delete(id).await), "VOLUME_ATTACHED");
         assert_eq!(one(a.grant(id, to("n1", 2), "nqn".into(), false).await), "VOLUME_ATTACHED");
@@ -371,7 +382,7 @@ fn bad_requests_are_refused_with_a_reason_and_change_nothing() {
         let held = pair.begin_move(true).await.unwrap();
         assert_eq!(one(a.delete(id).await), "VOLUME_PUBLISHED");
         assert_eq!(one(a.extend(id, 2 * VOLUME_BYTES).await), "VOLUME_PUBLISHED");
-        assert_eq!(one(a.grant(id, to("n2", 3), "nqn".into(), true).await), "VOLUME_PUBLISHED");
+        assert_eq!(one(a.grant(id, to("n2", 3), "nqn".into(), true).await), "VOLUME_MOVING");
         assert_eq!(one(a.grant(id, to("n2", 7), "nqn".into(), true).await), "GRANT_EXISTS");
         assert_eq!(one(b.grant(id, to("n0", 4), "nqn".into(), true).await), "VOLUME_MOVING");
         assert_eq!(one(b.delete(id).await), "VOLUME_MOVING");

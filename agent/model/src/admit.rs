@@ -265,6 +265,41 @@ impl PoolRoom {
     }
 }
 
+/// Which volume a caller means: a delayed call must not hit what came later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Which {
+    /// Its id.
+    pub id: VolumeId,
+    /// Generation of the copy, where the caller names it.
+    pub generation: Option<Generation>,
+    /// Which volume of that id, where the caller names it.
+    pub incarnation: Option<Uuid>,
+}
+
+impl From<VolumeId> for Which {
+    fn from(id: VolumeId) -> Self {
+        Self { id, generation: None, incarnation: None }
+    }
+}
+
+impl Which {
+    /// The record, if it is the one that is meant.
+    ///
+    /// # Errors
+    /// There is none, it is another volume's, or another generation's.
+    pub fn of<'a>(&self, record: Option<&'a Record>) -> Result<&'a Record, Refusal> {
+        let not_found = Refusal::VolumeNotFound(self.id);
+        let record = record.ok_or_else(|| not_found.clone())?;
+        match (self.incarnation, self.generation) {
+            (Some(incarnation), _) if incarnation != record.incarnation => Err(not_found),
+            (_, Some(named)) if named != record.generation => {
+                Err(Refusal::GenerationStale { present: record.generation, named })
+            }
+            _ => Ok(record),
+        }
+    }
+}
+
 /// Creates a blank volume.
 ///
 /// # Errors
@@ -461,6 +496,11 @@ pub fn grant(
     }
     if spent.is_some() {
         return Err(Refusal::GrantUnknown(grant));
+    }
+    if let Some(lent) = record.lent()
+        && matches!(lent.stage, LentStage::Published | LentStage::Revoking)
+    {
+        return Err(Refusal::VolumeMoving(record.id));
     }
     at_rest(record)?;
     if !request.hold && record.attached {

@@ -53,6 +53,8 @@ pub struct Seen {
     pub import: Import,
     /// Whether the source's path has failed although it may be back.
     pub path_failed: bool,
+    /// Whether a connection to the source is being tried, or was a moment ago.
+    pub connecting: bool,
     /// Whether copying must rest for its byte rate or for the pool's sake.
     pub resting: bool,
     /// The settings that the clone was last given, when that is known.
@@ -184,7 +186,8 @@ pub enum Step {
         /// Who could connect.
         host_nqn: String,
     },
-    /// Connect to the source.
+    /// Connect to the source. From [`ReceivingStage::Held`] on nothing waits for
+    /// the outcome, because consumers need the rest whether it answers or not.
     Connect(ExportName),
     /// Drop the connection to the source.
     Disconnect(ExportName),
@@ -271,6 +274,23 @@ pub fn next(record: &Record, seen: &Seen) -> Next {
         Phase::Deleting if seen.handle.is_some() => Next::Do(vec![Step::Remove(Role::Handle)]),
         Phase::Deleting => Next::Forget(vec![Step::RetireAll]),
     }
+}
+
+/// Whether nothing waits for the outcome of these steps: a connection to the
+/// source of a copy that consumers may use already.
+pub fn is_attempt(record: &Record, steps: &[Step]) -> bool {
+    use ReceivingStage as S;
+    let in_use = record.receiving().is_some_and(|receiving| match receiving.stage {
+        S::Held | S::Switching | S::Refused | S::Hydrating => true,
+        S::Allocating
+        | S::Zeroing
+        | S::Assembling
+        | S::Collapsing
+        | S::Parting
+        | S::Aborting
+        | S::Withdrawing => false,
+    });
+    in_use && matches!(steps, [Step::Connect(_)])
 }
 
 /// Names of the LVs of a record, data first.
@@ -484,6 +504,11 @@ impl Plan<'_> {
         if let Some(next) = self.failed_clone() {
             return next;
         }
+        // First, because a request that waits for the source keeps tables from
+        // being swapped.
+        if let Some(next) = self.source_reached(receiving) {
+            return next;
+        }
         let stacked = match receiving.stage {
             S::Hydrating => {
                 let device = clone.number;
@@ -497,11 +522,9 @@ impl Plan<'_> {
         }
         match receiving.stage {
             S::Held if self.seen.held > 0 => Next::Journal(Event::SwitchAsked),
-            S::Held | S::Refused => {
-                self.source_reached(receiving).unwrap_or(Next::Wait(Wait::Switch))
-            }
+            S::Held | S::Refused => Next::Wait(Wait::Switch),
             S::Switching => Next::Ask(Call::Fence),
-            _ => self.hydrating(receiving),
+            _ => self.hydrating(),
         }
     }
 
@@ -568,18 +591,16 @@ impl Plan<'_> {
             }
             CloneStatus::Failed => "dm-clone failed",
         };
-        let failed = Event::Failed(Failure { why: why.to_owned(), boot: self.seen.boot });
-        Some(match self.running_handle() {
-            true => Next::DoThen(Step::SuspendHandle, failed),
-            false => Next::Journal(failed),
-        })
+        // Known first, because suspending may have to wait for the source.
+        Some(Next::Journal(Event::Failed(Failure { why: why.to_owned(), boot: self.seen.boot })))
     }
 
-    /// A connection to the source whose path is in use.
+    /// A connection to the source whose path is in use, or the attempt.
     fn source_reached(&self, receiving: &Receiving) -> Option<Next> {
         let import = &self.seen.import;
         if !import.connected {
-            return Some(one(Step::Connect(receiving.source.export.clone())));
+            let attempt = || one(Step::Connect(receiving.source.export.clone()));
+            return (!self.seen.connecting).then(attempt);
         }
         match import.namespace {
             Some(namespace) if import.live && self.seen.path_failed => {
@@ -589,7 +610,13 @@ impl Plan<'_> {
         }
     }
 
-    fn hydrating(&self, receiving: &Receiving) -> Next {
+    /// Whether reads wait while the source is away.
+    fn src_queues(&self) -> bool {
+        let table = self.seen.src.as_ref().and_then(|src| src.table.as_ref());
+        table.is_some_and(|table| matches!(table.target, Target::Queue { .. }))
+    }
+
+    fn hydrating(&self) -> Next {
         let Some(CloneStatus::Working { hydrated, total, enabled, .. }) = self.seen.clone_status
         else {
             return Next::Wait(Wait::Operator);
@@ -602,7 +629,7 @@ impl Plan<'_> {
             return one(Step::Hydrate(false));
         }
         if hydrated < total && !reachable {
-            return self.source_reached(receiving).unwrap_or(Next::Wait(Wait::Source));
+            return Next::Wait(Wait::Source);
         }
         // What was read before the fence may have stayed in the page cache. Not
         // while the source is away: writing back may have to wait for it.
@@ -620,7 +647,8 @@ impl Plan<'_> {
         if wanted && !enabled {
             return one(Step::Hydrate(true));
         }
-        if hydrated.saturating_sub(receiving.floor) >= total.div_ceil(8) {
+        let floor = self.record.receiving().map_or(0, |receiving| receiving.floor);
+        if hydrated.saturating_sub(floor) >= total.div_ceil(8) {
             return Next::JournalFloor;
         }
         Next::Wait(Wait::Hydration)
@@ -648,7 +676,7 @@ impl Plan<'_> {
     fn aborting(&self, receiving: &Receiving) -> Next {
         let error = self.table(Target::Error);
         // Reads that wait for a source would keep the seal from closing.
-        if self.seen.import.connected {
+        if self.seen.import.connected || self.src_queues() {
             return one(Step::CutSource(receiving.source.export.clone()));
         }
         let open = |device: &Option<Device>| {

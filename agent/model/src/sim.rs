@@ -129,6 +129,9 @@ pub struct World {
     /// Held writes that a swap has let through and acknowledged: node, region,
     /// value.
     pub released: Vec<(usize, usize, u64)>,
+    /// Reads of a handle that wait for a source: node, region. No table on their
+    /// way can be swapped before they have ended.
+    waiting: BTreeSet<(usize, String, usize)>,
     serial: u128,
 }
 
@@ -141,6 +144,7 @@ impl World {
             fuse: None,
             fault: None,
             released: vec![],
+            waiting: BTreeSet::new(),
             serial: 1,
         };
         for _ in 0..nodes {
@@ -166,6 +170,7 @@ impl World {
     /// Takes a node's power away and gives it back: only stable storage stays.
     pub fn power_cut(&mut self, node: usize) {
         let boot = self.unique();
+        self.waiting.retain(|(at, ..)| *at != node);
         let node = &mut self.nodes[node];
         node.boot = boot;
         node.mapped.clear();
@@ -239,12 +244,37 @@ impl World {
     // ---- requests of consumers ----
 
     /// Reads a region of a device by its name under `/dev/mapper`.
-    pub fn read_handle(&self, node: usize, record: &Record, region: usize) -> Io<u64> {
+    pub fn read_handle(&mut self, node: usize, record: &Record, region: usize) -> Io<u64> {
         let name = plan::dm_name(record, Role::Handle).name;
-        match self.nodes[node].mapped.get(&name) {
-            Some(mapped) => self.read(node, mapped.number, region),
-            None => Io::Failed,
+        let Some(mapped) = self.nodes[node].mapped.get(&name) else { return Io::Failed };
+        let outcome = self.read(node, mapped.number, region);
+        if outcome == Io::Waits {
+            self.waiting.insert((node, name, region));
         }
+        outcome
+    }
+
+    /// Whether a request that entered through the handle hangs below a device.
+    fn hangs_below(&mut self, node: usize, number: DevNo) -> bool {
+        let mut waiting = std::mem::take(&mut self.waiting);
+        waiting.retain(|(at, handle, region)| {
+            let top = self.nodes[*at].mapped.get(handle);
+            top.is_some_and(|top| self.read(*at, top.number, *region) == Io::Waits)
+        });
+        self.waiting = waiting;
+        let mut here = self.waiting.iter().filter(|(at, ..)| *at == node);
+        here.any(|(_, handle, region)| {
+            let top = &self.nodes[node].mapped[handle];
+            let mut way = vec![top.number];
+            while let Some(at) = way.pop() {
+                let Some((_, mapped)) = self.mapped_by(node, at) else { continue };
+                if at == number && !mapped.suspended {
+                    return self.read(node, at, *region) == Io::Waits;
+                }
+                way.extend(mapped.live.iter().flat_map(|table| table.target.devices()));
+            }
+            false
+        })
     }
 
     /// Writes a region of the handle.
@@ -522,6 +552,7 @@ impl World {
             published,
             import,
             path_failed: false,
+            connecting: false,
             resting: false,
             tuned: Some((record.tuning.threshold, record.tuning.batch)),
             cache_dropped: true,
@@ -648,7 +679,18 @@ impl World {
                 let number = self.free_number(node);
                 self.nodes[node].imports.insert(nqn.clone(), number);
             }
-            Step::Disconnect(export) | Step::CutSource(export) => {
+            Step::Disconnect(export) => {
+                self.act()?;
+                self.nodes[node].imports.remove(&export.subsystem_nqn);
+            }
+            Step::CutSource(export) => {
+                self.act()?;
+                // It has another feature list from now on, and fails what it queued.
+                if let Some(src) = self.nodes[node].mapped.get_mut(&name(Role::Src))
+                    && let Some(table) = &mut src.live
+                {
+                    table.target = Target::Foreign { kind: "multipath".to_owned() };
+                }
                 self.act()?;
                 self.nodes[node].imports.remove(&export.subsystem_nqn);
             }
@@ -747,6 +789,18 @@ impl World {
     /// Swaps in a loaded table: what was held goes where the old table pointed.
     fn resume(&mut self, node: usize, name: &str) -> Result<(), Fault> {
         self.act()?;
+        let Some(mapped) = self.nodes[node].mapped.get(name) else {
+            return Err(Fault::Refused(format!("{name} is absent")));
+        };
+        // A reload of the way to the source lets go of what it queued.
+        let is_queue = |table: &Table| matches!(table.target, Target::Queue { .. });
+        let (number, queues) = (mapped.number, mapped.live.as_ref().is_some_and(is_queue));
+        if mapped.inactive.is_some() && !queues && self.hangs_below(node, number) {
+            if let Some(mapped) = self.nodes[node].mapped.get_mut(name) {
+                mapped.inactive = None;
+            }
+            return Err(Fault::Refused(format!("{name}: no end in sight")));
+        }
         let Some(mapped) = self.nodes[node].mapped.get_mut(name) else {
             return Err(Fault::Refused(format!("{name} is absent")));
         };

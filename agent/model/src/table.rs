@@ -188,7 +188,7 @@ impl CloneStatus {
         let (hydrated, total) = words.get(3)?.split_once('/')?;
         let hydrating = words.get(4)?.parse().ok()?;
         let features: usize = words.get(5)?.parse().ok()?;
-        let enabled = !words.get(6..6 + features)?.contains(&"no_hydration");
+        let enabled = !words.get(6..features.checked_add(6)?)?.contains(&"no_hydration");
         let read_only = match *words.last()? {
             "rw" => false,
             "ro" => true,

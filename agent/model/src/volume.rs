@@ -381,7 +381,11 @@ impl Record {
                         | S::Refused
                         | S::Aborting,
                         Event::AbortAsked,
-                    ) => S::Aborting,
+                    ) => {
+                        // Nothing of it is needed any more, whatever it was.
+                        receiving.failure = None;
+                        S::Aborting
+                    }
                     (S::Aborting, Event::Retired) => S::Withdrawing,
                     (
                         stage @ (S::Held | S::Refused | S::Switching | S::Hydrating),

@@ -78,8 +78,16 @@ impl Cluster {
         }
     }
 
+    /// The journal: it does not fail, but it may be the last thing to do.
+    fn write_down(&mut self, node: usize) -> Result<(), Stop> {
+        let fault = self.world.fault.take();
+        let outcome = self.world.act().map_err(|_| Stop::Crash(node));
+        self.world.fault = fault;
+        outcome
+    }
+
     fn put(&mut self, node: usize, record: Record) -> Result<(), Stop> {
-        self.world.act().map_err(|_| Stop::Crash(node))?;
+        self.write_down(node)?;
         self.journals[node].record = Some(record);
         Ok(())
     }
@@ -101,7 +109,7 @@ impl Cluster {
     }
 
     fn forget(&mut self, node: usize) -> Result<(), Stop> {
-        self.world.act().map_err(|_| Stop::Crash(node))?;
+        self.write_down(node)?;
         let record = self.journals[node].record.take().unwrap();
         for stone in record.epitaphs() {
             self.journals[node].stones.insert(stone.grant, stone);
@@ -138,10 +146,18 @@ impl Cluster {
     }
 
     fn converge(&mut self, node: usize) -> Result<(), Stop> {
+        let mut connecting = false;
         for _ in 0..100 {
             let Some(record) = self.journals[node].record.clone() else { return Ok(()) };
-            let seen = self.world.look(node, &record);
+            let seen = plan::Seen { connecting, ..self.world.look(node, &record) };
             match plan::next(&record, &seen) {
+                Next::Do(steps) if plan::is_attempt(&record, &steps) => {
+                    connecting = true;
+                    match self.apply(node, &steps[0]) {
+                        Err(Stop::Crash(node)) => return Err(Stop::Crash(node)),
+                        Ok(_) | Err(_) => {}
+                    }
+                }
                 Next::Do(steps) => {
                     for step in steps {
                         self.apply(node, &step)?;
@@ -514,6 +530,10 @@ impl Cluster {
                 self.world.fuse = Some(actions);
                 Ok(())
             }
+            Op::Fault(actions) => {
+                self.world.fault = Some(actions);
+                Ok(())
+            }
             Op::PowerCut(node) => {
                 self.power_cut(node);
                 Ok(())
@@ -541,6 +561,7 @@ impl Cluster {
     /// Everything works again; everybody has time.
     fn heal(&mut self) {
         self.world.fuse = None;
+        self.world.fault = None;
         self.world.network = true;
         self.lose_answers = false;
         for round in 0..60 {
@@ -608,6 +629,7 @@ enum Op {
     Flush(usize),
     Hydrate,
     Fuse(usize),
+    Fault(usize),
     PowerCut(usize),
     Network(bool),
     LoseAnswers(bool),
@@ -630,6 +652,7 @@ fn any_op() -> impl Strategy<Value = Op> {
         3 => node.clone().prop_map(Op::Flush),
         6 => Just(Op::Hydrate),
         4 => (0usize..40).prop_map(Op::Fuse),
+        3 => (0usize..40).prop_map(Op::Fault),
         2 => node.clone().prop_map(Op::PowerCut),
         3 => any::<bool>().prop_map(Op::Network),
         1 => any::<bool>().prop_map(Op::LoseAnswers),
@@ -733,4 +756,25 @@ fn a_volume_that_was_once_lent_waits_for_a_word_after_a_reboot() {
     cluster.world.network = true;
     cluster.converge(0).unwrap();
     assert!(cluster.world.has_handle(0, &record), "the borrower has answered");
+}
+
+#[test]
+fn a_read_that_waits_for_a_lost_source_does_not_keep_an_abort_from_ending() {
+    let mut cluster = Cluster::new();
+    cluster.create(0).unwrap();
+    cluster.attach(0, false).unwrap();
+    cluster.begin_move(0, true).unwrap();
+    cluster.world.network = false;
+    cluster.power_cut(1);
+    // Without a controller the way to the source queues all the same.
+    let _ = cluster.converge(1);
+    cluster.world.activate(1);
+    let _ = cluster.converge(1);
+    let record = cluster.journals[1].record.clone().unwrap();
+    assert_eq!(cluster.world.read_handle(1, &record, 0), Io::Waits);
+    // Only the source's agent cannot be told yet.
+    assert!(matches!(cluster.abort(1), Err(Stop::Stuck(why)) if why.contains("does not answer")));
+    cluster.world.network = true;
+    cluster.converge(1).unwrap();
+    assert!(cluster.journals[1].record.is_none() && cluster.world.is_clean(1));
 }

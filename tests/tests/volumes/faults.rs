@@ -38,6 +38,41 @@ pub fn agents_killed_around_the_switch_go_on(bed: &Bed) -> Result<()> {
     volume.delete(b)
 }
 
+pub fn agents_killed_while_a_volume_arrives_go_on(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    let writer = volume.write(a, "")?;
+    // Killed as soon as it is known there, which is another moment each time.
+    let killed_on_the_way = |flags: &str| -> Result<()> {
+        let line = "dmlocalctl ".to_owned() + &volume.move_line(a, b, flags);
+        let order = b.spawn(&line.split_whitespace().collect::<Vec<_>>())?;
+        until("the volume to be on its way", SOON, || {
+            Ok(volume.status(b)?.ok_or_else(|| "not there".to_owned()).map(drop))
+        })?;
+        kill_agent(b)?;
+        // Its caller may or may not have had the answer.
+        order.wait(LATER).map(drop)
+    };
+    for _ in 0..2 {
+        killed_on_the_way("--hold")?;
+        volume.wait_for(b, "held", SOON)?;
+        writer.progress()?;
+        ctl(b, &format!("volume abort {}", volume.id))?;
+        volume.wait_until_gone(b)?;
+        volume.wait_for(a, "local", SOON)?;
+    }
+    writer.stop(a)?;
+    volume.carry_state(a, b)?;
+    ctl(a, &format!("volume detach {}", volume.id))?;
+    killed_on_the_way("")?;
+    let writer = volume.write(b, "--rate 4")?;
+    writer.wait_for_first_write()?;
+    volume.finish_move(a, b)?;
+    writer.stop(b)?;
+    volume.verify(b)?;
+    volume.delete(b)
+}
+
 pub fn agents_killed_while_copying_go_on(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create_full(a, 32)?;
@@ -45,6 +80,9 @@ pub fn agents_killed_while_copying_go_on(bed: &Bed) -> Result<()> {
     let writer = volume.write(b, "--rate 4")?;
     for node in [a, b] {
         kill_agent(node)?;
+        writer.progress()?;
+        // Asked to stop, they leave everything as it is just the same.
+        node.exec(&["systemctl", "restart", "dmlocald"])?.ok()?;
         writer.progress()?;
         let seen = volume.status(b)?.context("the volume is gone")?;
         ensure!(seen["state"] == "hydrating", "{seen}");
@@ -77,7 +115,7 @@ pub fn agents_killed_while_parting_go_on(bed: &Bed) -> Result<()> {
     let writer = volume.write(b, "--rate 4")?;
     // As long as somebody has it open, the source's logical volume cannot go.
     let path = format!("lvs --noheadings -o lv_path -S 'lv_name=~{}' @dmlocal", volume.id);
-    let stays = format!("exec 3<$({path}); echo open; exec sleep infinity");
+    let stays = format!("exec 3<$(echo $({path})); echo open; exec sleep infinity");
     let user = a.spawn(&["sh", "-c", &stays])?;
     user.wait_for_text("open", SOON)?;
     a.exec(&["systemctl", "kill", "--signal", "STOP", "dmlocald"])?.ok()?;
@@ -119,6 +157,29 @@ pub fn a_destination_that_lost_power_goes_on_copying(bed: &Bed) -> Result<()> {
     writer.progress()?;
     volume.finish_move(a, b)?;
     writer.stop(b)?;
+    volume.verify(b)?;
+    volume.delete(b)
+}
+
+pub fn a_destination_boots_while_its_source_is_away(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    volume.move_slowly(a, b)?;
+    let writer = volume.write(b, "--count 50")?;
+    writer.stop(b)?;
+    a.kill()?;
+    volume.wait_for(b, "stalled", LATER)?;
+    b.reboot()?;
+    // The device is there although what it lacks is not.
+    volume.wait_until(b, "the handle", LATER, |seen| {
+        seen["device_path"] == volume.device.as_str() && seen["state"] == "stalled"
+    })?;
+    let attached = ctl(b, &format!("volume attach {}", volume.id))?;
+    ensure!(attached["device_path"] == volume.device.as_str(), "{attached}");
+    a.start()?;
+    volume.wait_for(b, "hydrating", LATER)?;
+    volume.verify(b)?;
+    volume.finish_move(a, b)?;
     volume.verify(b)?;
     volume.delete(b)
 }

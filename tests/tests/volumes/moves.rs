@@ -173,6 +173,33 @@ pub fn discards_are_refused_until_everything_is_here(bed: &Bed) -> Result<()> {
     volume.delete(b)
 }
 
+pub fn what_a_page_cache_holds_at_the_source_arrives(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create(a, 32)?;
+    // Through the page cache, and not closed: closing would write it back.
+    let writes = format!(
+        "dd if=/dev/urandom of=/root/data bs=1M count=8 status=none
+        exec 3<>{}
+        cat /root/data >&3
+        echo written
+        exec sleep infinity",
+        volume.device
+    );
+    let user = a.spawn(&["sh", "-c", &writes])?;
+    user.wait_for_text("written", SOON)?;
+    let dirty = a.shell("awk '/^Dirty/ {print $2}' /proc/meminfo")?.ok()?;
+    ensure!(dirty.parse::<u64>()? >= 4096, "it was written back already: {dirty} KiB are dirty");
+    let sum = a.shell("head --bytes 8M /root/data | cksum")?.ok()?;
+    volume.start_move(a, b, "--hold --wait")?;
+    ctl(b, &format!("volume switch {}", volume.id))?;
+    let arrived = b.shell(&format!("head --bytes 8M {} | cksum", volume.device))?.ok()?;
+    ensure!(sum == arrived, "{sum} was written, {arrived} arrived");
+    user.kill();
+    a.shell("rm /root/data")?.ok()?;
+    volume.finish_move(a, b)?;
+    volume.delete(b)
+}
+
 pub fn two_volumes_pass_each_other(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let (there, back) = (Volume::create_full(a, 32)?, Volume::create_full(b, 32)?);

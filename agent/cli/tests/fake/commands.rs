@@ -193,7 +193,7 @@ fn a_wrong_command_line_exits_2() {
         &["status", "--output", "yaml"],
         &["status", "--timeout", "0"],
         &["status", ID, OTHER],
-        &["pki", "init"],
+        &["volume", "delete", ID, "--generation", "x"],
         &["pki", "issue", "--role", "agent", "--out", "d"],
         &["pki", "issue", "--role", "king", "--out", "d"],
         &["pki", "issue", "--role", "agent", "--node", "a b", "--out", "d"],

@@ -301,6 +301,18 @@ impl Dm {
             .map_err(|error| context(&format!("send `{text}` to"), &name.name, &error))
     }
 
+    /// A handle, and its link, which a process may have died before it made.
+    pub fn linked_device(&self, name: &DmName) -> io::Result<Option<Device>> {
+        let found = self.device(name)?;
+        if let Some(device) = &found
+            && device.has_live
+            && !device.leaving
+        {
+            link(name, device.number, Udev::Linked)?;
+        }
+        Ok(found)
+    }
+
     /// Removes the device. One that does not exist is removed.
     ///
     /// Removing a clone waits in the kernel, uninterruptibly, for the copies it

@@ -106,8 +106,8 @@ pub trait Kernel: Send + Sync + 'static {
     /// The kernel cannot be asked.
     fn ours(&self) -> Result<Vec<String>, StepError>;
 
-    /// Everything that is there for a volume. `resting`, `tuned` and
-    /// `cache_dropped` are the caller's to fill in.
+    /// Everything that is there for a volume. `connecting`, `resting`,
+    /// `tuned` and `cache_dropped` are the caller's to fill in.
     ///
     /// # Errors
     /// Something cannot be asked.

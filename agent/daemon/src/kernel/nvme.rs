@@ -45,6 +45,9 @@ const IO_QUEUES: u32 = 2;
 /// How often sysfs is looked at while a namespace comes or goes.
 const POLL: Duration = Duration::from_millis(10);
 
+/// How long a controller that came too late may take to go.
+const LATE: Duration = Duration::from_secs(30);
+
 /// A peer's export, as seen from here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Import {
@@ -190,13 +193,13 @@ fn is_gone(error: &io::Error) -> bool {
 ///
 /// # Errors
 /// [`io::ErrorKind::TimedOut`] if the peer does not answer or the namespace does
-/// not appear before the deadline. A controller that was made stays, and so may
-/// be found by the next attempt.
+/// not appear before the deadline. A controller that was made in time stays, and
+/// so may be found by the next attempt; one that is made too late goes.
 pub fn connect(import: &Import, deadline: Duration) -> io::Result<()> {
     let end = Instant::now() + deadline;
     if controllers(Path::new(SYS), &import.nqn)?.is_empty() {
         let options = options(import)?;
-        let nqn = import.nqn.clone();
+        let (nqn, abandoned) = (import.nqn.clone(), import.nqn.clone());
         let written = interruptible(
             deadline,
             move || {
@@ -206,8 +209,13 @@ pub fn connect(import: &Import, deadline: Duration) -> io::Result<()> {
                 // interrupted one.
                 nix::unistd::write(&file, options.as_bytes()).map_err(io::Error::from)
             },
-            // Nobody waits for this controller; the next attempt may use it.
-            |_| {},
+            // Nobody waits for this controller any more, and the move may be over:
+            // one that nobody knows would try to reconnect for ever.
+            move |late| {
+                if late.is_ok() {
+                    let _ = disconnect(&abandoned, LATE);
+                }
+            },
         );
         match written {
             Ok(_) => {}

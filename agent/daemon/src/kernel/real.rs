@@ -12,7 +12,7 @@ use dmlocal_model::{
     name::{DmName, LVM_UUID_PREFIX, NQN_PREFIX, Role, VolumeId},
     plan::{self, Device, Import, Lv, Presence, Seen, Step},
     table::{CloneStatus, Table, Target},
-    units::Sectors,
+    units::{DevNo, Sectors},
     volume::{Event, ExportName, Phase, Record},
 };
 use uuid::Uuid;
@@ -231,8 +231,17 @@ impl RealKernel {
         Ok(self.dm.set(&plan::dm_name(record, role), table, udev, SWAP)?)
     }
 
-    /// Device numbers are reused: right before a table goes live over the
-    /// source's namespace, the number must still be the namespace's.
+    /// Device numbers are reused: what is to be overwritten must still be the
+    /// logical volume that the journal names.
+    fn same(&self, dm_uuid: Option<&String>, device: DevNo) -> Result<(), StepError> {
+        match self.lv(dm_uuid)? {
+            Some(lv) if lv.device == device => Ok(()),
+            found => Err(StepError::Refused(format!("{device} is not {dm_uuid:?}: {found:?}"))),
+        }
+    }
+
+    /// Right before a table goes live over the source's namespace, the number must
+    /// still be the namespace's.
     fn check_device(&self, record: &Record, table: &Table) -> Result<(), StepError> {
         let (Target::Queue { path: Some(path) }, Some(receiving)) =
             (&table.target, record.receiving())
@@ -263,6 +272,17 @@ impl RealKernel {
     /// from before the fence may be stale.
     fn open_handle(&self, record: &Record, table: &Table) -> Result<(), StepError> {
         let name = plan::dm_name(record, Role::Handle);
+        for below in [Role::Clone, Role::Src] {
+            if let Some(below) = self.device(record, below)? {
+                block::drop_clean_cache(below.number)?;
+            }
+        }
+        if let Some(receiving) = record.receiving()
+            && let Some(namespace) =
+                nvme::observe(&self.import(&receiving.source.export)?)?.namespace
+        {
+            block::drop_clean_cache(namespace)?;
+        }
         // Before, so that nothing stale is read once writes go through; after, for
         // what was read in between. Writing back before would wait for the swap.
         if let Some(handle) = self.dm.device(&name)? {
@@ -377,7 +397,7 @@ impl Kernel for RealKernel {
         }
         let tpool = tpool.ok_or_else(|| StepError::Failed(format!("pool {name} was not seen")))?;
         let status = self.dm.status_text_of(&tpool)?;
-        share_of_data(&status)
+        share_in_use(&status)
             .ok_or_else(|| StepError::Failed(format!("thin pool status `{status}`")))
     }
 
@@ -392,7 +412,7 @@ impl Kernel for RealKernel {
         let receiving = record.receiving();
         let clone = self.device(record, Role::Clone)?;
         let src = self.device(record, Role::Src)?;
-        let handle = self.device(record, Role::Handle)?;
+        let handle = self.dm.linked_device(&plan::dm_name(record, Role::Handle))?.map(seen);
         let clone_status = match &clone {
             Some(Device { table: Some(Table { target: Target::Clone { .. }, .. }), .. }) => {
                 Some(self.dm.clone_status(&plan::dm_name(record, Role::Clone))?)
@@ -449,6 +469,7 @@ impl Kernel for RealKernel {
             published,
             import,
             path_failed,
+            connecting: false,
             resting: false,
             tuned: None,
             cache_dropped: false,
@@ -474,7 +495,11 @@ impl Kernel for RealKernel {
             }
             Step::RetireMeta => self.retire(record, false)?,
             Step::RetireAll => self.retire(record, true)?,
-            Step::ZeroMeta(device) => block::zero_block0(*device)?,
+            Step::ZeroMeta(device) => {
+                let receiving = record.receiving();
+                self.same(receiving.and_then(|receiving| receiving.meta.as_ref()), *device)?;
+                block::zero_block0(*device)?;
+            }
             Step::Set(role, table) => self.set(record, *role, table)?,
             Step::LoadClone { table, floor } => self.load_clone(record, table, *floor)?,
             Step::Remove(role) => match self.dm.remove(&name(*role), Remove::Now) {
@@ -579,12 +604,17 @@ fn held_writes(status: &str) -> Option<u64> {
     Some(writes + flushes)
 }
 
-/// Used data blocks over all: the sixth word of a thin pool's status
-/// (drivers/md/dm-thin.c, `pool_status`).
-fn share_of_data(status: &str) -> Option<f64> {
-    let (used, total) = status.split_ascii_whitespace().nth(2)?.split_once('/')?;
-    let (used, total): (f64, f64) = (used.parse().ok()?, total.parse().ok()?);
-    (total > 0.0).then(|| used / total)
+/// Used blocks over all, of metadata or of data, whichever are scarcer: the
+/// second and the third word of a thin pool's status (drivers/md/dm-thin.c,
+/// `pool_status`).
+fn share_in_use(status: &str) -> Option<f64> {
+    let mut words = status.split_ascii_whitespace().skip(1);
+    let mut share = || {
+        let (used, total) = words.next()?.split_once('/')?;
+        let (used, total): (f64, f64) = (used.parse().ok()?, total.parse().ok()?);
+        (total > 0.0).then(|| used / total)
+    };
+    Some(share()?.max(share()?))
 }
 
 fn address(export: &ExportName) -> Result<std::net::IpAddr, StepError> {
@@ -635,7 +665,7 @@ impl From<LvmError> for StepError {
 
 #[cfg(test)]
 mod test {
-    use super::{held_writes, lv_uuid, share_of_data};
+    use super::{held_writes, lv_uuid, share_in_use};
 
     #[test]
     fn an_lv_is_named_by_its_own_half_of_the_device_uuid() {
@@ -653,9 +683,11 @@ mod test {
     }
 
     #[test]
-    fn the_share_of_a_thin_pool_is_its_data_blocks() {
+    fn the_share_of_a_thin_pool_is_of_what_is_scarcer() {
         let status = "1 12/1024 512/16384 - rw no_discard_passdown error_if_no_space - 1024";
-        assert_eq!(share_of_data(status), Some(512.0 / 16384.0));
-        assert_eq!(share_of_data("Fail"), None);
+        assert_eq!(share_in_use(status), Some(512.0 / 16384.0));
+        let crumbs = status.replace(" 12/", " 1000/");
+        assert_eq!(share_in_use(&crumbs), Some(1000.0 / 1024.0));
+        assert_eq!(share_in_use("Fail"), None);
     }
 }

@@ -3,7 +3,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use dmlocal_model::{
-    admit::{Claim, Offer, Refusal},
+    admit::{Claim, Offer, Refusal, Which},
     hydration,
     name::{DmName, Generation, Role, VolumeId, canonical_uuid},
     table::CloneStatus,
@@ -51,6 +51,18 @@ pub(super) fn endpoint(field: &'static str, text: &str) -> Result<String, Servic
         return Ok(text);
     }
     Err(ServiceError::Argument { field, problem: "must be an https:// URL".into() })
+}
+
+pub(super) fn which(
+    id: &str,
+    generation: Option<u64>,
+    incarnation: Option<&str>,
+) -> Result<Which, ServiceError> {
+    Ok(Which {
+        id: volume_id(id)?,
+        generation: generation.map(Generation),
+        incarnation: incarnation.map(|text| uuid("incarnation", text)).transpose()?,
+    })
 }
 
 pub(super) fn claim(

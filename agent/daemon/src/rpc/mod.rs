@@ -9,7 +9,13 @@ mod status;
 mod test;
 mod volumes;
 
-use std::{fs, io, os::unix::fs::PermissionsExt as _, path::Path, pin::Pin, sync::Arc};
+use std::{
+    fs, io,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::Path,
+    pin::Pin,
+    sync::Arc,
+};
 
 use dmlocal_proto::{DESCRIPTORS, v1};
 use tokio::net::{TcpListener, UnixListener};
@@ -47,6 +53,8 @@ async fn router(service: &Arc<Service>, mut server: Server) -> anyhow::Result<Ro
     let face = Face { service: Arc::clone(service) };
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<v1::nodes_server::NodesServer<Face>>().await;
+    health.set_serving::<v1::volumes_server::VolumesServer<Face>>().await;
+    health.set_serving::<v1::moves_server::MovesServer<Face>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(DESCRIPTORS)
         .build_v1()?;
@@ -66,8 +74,9 @@ async fn router(service: &Arc<Service>, mut server: Server) -> anyhow::Result<Ro
 /// Listens on the unix socket, which only root may open.
 fn listen_unix(path: &Path) -> io::Result<UnixListener> {
     if let Some(directory) = path.parent() {
-        fs::create_dir_all(directory)?;
-        fs::set_permissions(directory, fs::Permissions::from_mode(0o700))?;
+        // One that is there already is somebody else's, and stays as it is: the
+        // socket's own mode keeps others out as well.
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     }
     // A socket of an earlier process; the journal's lock shows it is gone.
     match fs::remove_file(path) {

@@ -77,9 +77,11 @@ impl v1::moves_server::Moves for Face {
         request: Request<v1::SwitchRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
         Caller::of(&request)?.must_be(&ROLES)?;
-        let id = convert::volume_id(&request.into_inner().id).map_err(status)?;
+        let request = request.into_inner();
+        let which = convert::which(&request.id, request.generation, request.incarnation.as_deref())
+            .map_err(status)?;
         let service = Arc::clone(&self.service);
-        let view = whole(async move { service.switch(id).await }).await?;
+        let view = whole(async move { service.switch(which).await }).await?;
         Ok(Response::new(convert::volume(&view)))
     }
 
@@ -88,9 +90,11 @@ impl v1::moves_server::Moves for Face {
         request: Request<v1::AbortRequest>,
     ) -> Result<Response<v1::AbortResponse>, Status> {
         Caller::of(&request)?.must_be(&ROLES)?;
-        let id = convert::volume_id(&request.into_inner().id).map_err(status)?;
+        let request = request.into_inner();
+        let which = convert::which(&request.id, request.generation, request.incarnation.as_deref())
+            .map_err(status)?;
         let service = Arc::clone(&self.service);
-        whole(async move { service.abort(id).await }).await?;
+        whole(async move { service.abort(which).await }).await?;
         Ok(Response::new(v1::AbortResponse {}))
     }
 

@@ -257,6 +257,34 @@ async fn nobody_is_heard_without_a_certificate_of_the_authority() {
     unheard(call(&plain, method).await);
 }
 
+/// What anybody with a certificate may ask without knowing dmlocal.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn health_and_reflection_answer() {
+    let daemon = Daemon::start().await;
+    let channel = daemon.connect(&daemon.authority, &[AGENT]).await;
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel.clone());
+    for service in ["", "dmlocal.v1.Nodes", "dmlocal.v1.Volumes", "dmlocal.v1.Moves"] {
+        let ask = tonic_health::pb::HealthCheckRequest { service: service.to_owned() };
+        let answer = health.check(ask).await.unwrap().into_inner();
+        assert_eq!(answer.status(), tonic_health::ServingStatus::Serving.into(), "{service}");
+    }
+    use tonic_reflection::pb::v1::{
+        ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+        server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+    };
+    let ask = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut reflection = ServerReflectionClient::new(channel);
+    let answers = reflection.server_reflection_info(tokio_stream::iter([ask])).await;
+    let answer = answers.unwrap().into_inner().message().await.unwrap().unwrap();
+    let Some(MessageResponse::ListServicesResponse(listed)) = answer.message_response else {
+        panic!("{answer:?}")
+    };
+    assert!(listed.service.iter().any(|service| service.name == "dmlocal.v1.Moves"), "{listed:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_agent_without_the_grant_changes_nothing() {
     let daemon = Daemon::start().await;

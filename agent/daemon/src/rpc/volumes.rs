@@ -36,9 +36,11 @@ impl v1::volumes_server::Volumes for Face {
         request: Request<v1::DeleteVolumeRequest>,
     ) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
         Caller::of(&request)?.must_be(&ROLES)?;
-        let id = convert::volume_id(&request.into_inner().id).map_err(status)?;
+        let request = request.into_inner();
+        let which = convert::which(&request.id, request.generation, request.incarnation.as_deref())
+            .map_err(status)?;
         let service = Arc::clone(&self.service);
-        whole(async move { service.delete(id).await }).await?;
+        whole(async move { service.delete(which).await }).await?;
         Ok(Response::new(v1::DeleteVolumeResponse {}))
     }
 
@@ -71,9 +73,11 @@ impl v1::volumes_server::Volumes for Face {
     ) -> Result<Response<v1::Volume>, Status> {
         Caller::of(&request)?.must_be(&ROLES)?;
         let request = request.into_inner();
-        let id = convert::volume_id(&request.id).map_err(status)?;
+        let which = convert::which(&request.id, request.generation, request.incarnation.as_deref())
+            .map_err(status)?;
         let service = Arc::clone(&self.service);
-        let view = whole(async move { service.extend(id, request.size_bytes).await }).await?;
+        let size = request.size_bytes;
+        let view = whole(async move { service.extend(which, size).await }).await?;
         Ok(Response::new(convert::volume(&view)))
     }
 
@@ -95,9 +99,11 @@ impl v1::volumes_server::Volumes for Face {
         request: Request<v1::DetachVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
         Caller::of(&request)?.must_be(&ROLES)?;
-        let id = convert::volume_id(&request.into_inner().id).map_err(status)?;
+        let request = request.into_inner();
+        let which = convert::which(&request.id, request.generation, request.incarnation.as_deref())
+            .map_err(status)?;
         let service = Arc::clone(&self.service);
-        let view = whole(async move { service.detach(id).await }).await?;
+        let view = whole(async move { service.detach(which).await }).await?;
         Ok(Response::new(convert::volume(&view)))
     }
 }
