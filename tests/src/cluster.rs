@@ -107,15 +107,36 @@ impl Cluster {
 
     /// Starts a cluster for as long as a scenario takes. Of one that fails, the
     /// consoles and journals of the nodes are kept.
-    pub fn run(options: &Options, scenario: impl FnOnce(&Cluster) -> Result<()>) -> Result<()> {
-        let cluster = Cluster::start(options)?;
-        let result = scenario(&cluster);
-        if result.is_err()
-            && let Err(error) = cluster.keep_logs()
-        {
-            eprintln!("no logs: {error:#}");
+    pub fn run(options: &Options, scenario: impl Fn(&Cluster) -> Result<()>) -> Result<()> {
+        loop {
+            let cluster = Cluster::start(options)?;
+            let result = scenario(&cluster);
+            if result.is_err() {
+                if let Some(why) = cluster.emulator_failed() {
+                    eprintln!("once more on new nodes: {why}");
+                    continue;
+                }
+                if let Err(error) = cluster.keep_logs() {
+                    eprintln!("no logs: {error:#}");
+                }
+            }
+            return result;
         }
-        result
+    }
+
+    /// What the emulator did to a node, when it was not the node's own doing.
+    ///
+    /// Linux changes its own code under running processors by way of a breakpoint
+    /// (`text_poke_bp`). QEMU's multi-threaded emulation can run the breakpoint out
+    /// of a stale translation after the kernel has done with it, and the kernel
+    /// stops with this very Oops; on a real processor it cannot happen.
+    pub fn emulator_failed(&self) -> Option<String> {
+        self.nodes.iter().find_map(|node| {
+            let console = fs::read(node.console()).ok()?;
+            let fell = String::from_utf8_lossy(&console).contains("Oops: int3: 0000");
+            (fell && node.is_emulated())
+                .then(|| format!("QEMU ran a stale breakpoint on {} (Oops: int3)", node.name()))
+        })
     }
 
     /// A cluster that was started with that name, by this program or another.
@@ -268,6 +289,11 @@ impl Node {
     /// The file that its console is written to.
     pub fn console(&self) -> PathBuf {
         self.machine.directory().join("console.log")
+    }
+
+    fn is_emulated(&self) -> bool {
+        let answer = self.machine.qmp("query-kvm", &serde_json::json!({}));
+        answer.is_ok_and(|answer| answer["enabled"] == false)
     }
 
     /// Runs a program to its end.

@@ -98,7 +98,14 @@ fn main() -> ExitCode {
             continue;
         }
         let started = Instant::now();
-        let outcome = run(&mut bed, scenario);
+        let mut outcome = run(&mut bed, scenario);
+        if outcome.is_err()
+            && let Some(why) = bed.as_ref().and_then(Bed::emulator_failed)
+        {
+            println!("scenario {name} ... once more on new nodes: {why}");
+            drop(bed.take());
+            outcome = run(&mut bed, scenario);
+        }
         count += 1;
         let took = started.elapsed().as_secs_f64();
         match outcome {

@@ -6,7 +6,7 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -74,6 +74,9 @@ fn serve(mut stream: TcpStream) -> Result<()> {
             let mut reply = reply.lock().unwrap_or_else(PoisonError::into_inner);
             reply.send(Kind::Stderr, format!("{program}: {error}\n").as_bytes());
             reply.send(Kind::Exited, &serde_json::to_vec(&Status::Code(127))?);
+            drop(reply);
+            let _ = stream.shutdown(Shutdown::Write);
+            feed(stream, None::<ChildStdin>);
             return Ok(());
         }
     };
@@ -98,7 +101,9 @@ fn serve(mut stream: TcpStream) -> Result<()> {
     wait_for_trailing_output(&both_closed);
     let body = serde_json::to_vec(&status_of(status))?;
     reply.lock().unwrap_or_else(PoisonError::into_inner).send(Kind::Exited, &body);
-    let _ = stream.shutdown(Shutdown::Both);
+    // What the host still sends is read on: closing with input unread would reset
+    // the connection, and the host might lose the answer.
+    let _ = stream.shutdown(Shutdown::Write);
     Ok(())
 }
 

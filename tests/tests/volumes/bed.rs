@@ -45,6 +45,11 @@ impl Bed {
         &self.cluster.nodes()[1]
     }
 
+    /// What the emulator did to a node.
+    pub fn emulator_failed(&self) -> Option<String> {
+        self.cluster.emulator_failed()
+    }
+
     /// Nothing of any volume is left on either node.
     pub fn is_clean(&self) -> Result<()> {
         self.cluster.each(|node| {
