@@ -359,7 +359,8 @@ impl Node {
     pub fn reboot(&self) -> Result<()> {
         const BOOT: [&str; 2] = ["cat", "/proc/sys/kernel/random/boot_id"];
         let before = self.exec(&BOOT)?.ok()?;
-        self.exec(&["systemctl", "reboot", "--no-block"])?.ok()?;
+        // It may be gone before it has answered.
+        let _ = self.exec(&["systemctl", "reboot", "--no-block"]);
         host::wait_for("the reboot", Duration::from_secs(180), || {
             let Ok(connection) = self.network.connect(self.letter, Duration::from_secs(2)) else {
                 return Ok(None);

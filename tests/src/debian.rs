@@ -110,7 +110,7 @@ fn debootstrap(root: &Path, packages: &[&str], mirror: &str, hook: Option<&Path>
 
 /// The archive to install nodes from: the first of the machine's own sources
 /// that has the release.
-pub(crate) fn mirror() -> Result<String> {
+fn mirror() -> Result<String> {
     if let Ok(mirror) = std::env::var("DMLOCAL_DEBIAN_MIRROR") {
         return Ok(mirror);
     }

@@ -41,11 +41,7 @@ impl Image {
     /// The image for this host and this source, made now if it is not there yet.
     /// `guest` is the program that runs commands inside nodes.
     pub fn ensure(guest: &Path) -> Result<Image> {
-        // Without any source of packages, what was made from one is of no use either.
-        let mirror = debian::mirror()?;
-        let mut recipe = debian::RECIPE.to_vec();
-        recipe.push(&mirror);
-        let debian = artefact("debian", &recipe, debian::make)?;
+        let debian = artefact("debian", &debian::RECIPE, debian::make)?;
         let boot = Boot { acceleration: qemu::acceleration(&debian)?, kernel: debian.clone() };
         let version = qemu::version()?;
         let accelerated = format!("{:?}", boot.acceleration);

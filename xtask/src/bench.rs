@@ -237,11 +237,11 @@ impl Bench<'_> {
                  set -- $line
                  [ \"${{3:-}}\" = clone ] || break
                  [ -n \"$first\" ] || first=${{7%/*}}
-                 last=${{7%/*}}; all=${{7#*/}}; to=$(date +%s%N)
+                 last=${{7%/*}}; all=${{7#*/}}; region=$6; to=$(date +%s%N)
                  [ $last -lt $all ] || break
                  sleep 0.1
              done
-             echo $(( (last - first) * $6 * 512 )) $((to - from))"
+             echo $(( (last - first) * region * 512 )) $((to - from))"
         );
         let text = shell(to, &watch)?;
         let (bytes, nanoseconds) = text.trim().split_once(' ').context("no rate")?;

@@ -2,7 +2,7 @@
 //! change anywhere else.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io::{self, IsTerminal as _},
     time::Duration,
 };
@@ -48,6 +48,8 @@ pub(crate) async fn run(agent: &Agent, id: Option<&str>, format: Output) -> Resu
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let interrupt = tokio::signal::ctrl_c();
     tokio::pin!(interrupt);
+    // A volume that returns to a node has two copies there for a while.
+    let mut copies = BTreeSet::new();
     loop {
         let change = tokio::select! {
             change = changes.message() => change.map_err(|status| agent.explain(&status).failure)?,
@@ -66,10 +68,16 @@ pub(crate) async fn run(agent: &Agent, id: Option<&str>, format: Output) -> Resu
             return Err(Failure::new(reason::CONNECTION_LOST, "the agent has ended the watch"));
         };
         let WatchResponse { volume: Some(volume), gone } = change else { continue };
+        if gone {
+            copies.remove(&volume.generation);
+        } else {
+            copies.insert(volume.generation);
+        }
+        let is_over = gone && id.is_some() && copies.is_empty();
         let read = match (&mut screen, format) {
             (Some(screen), _) => {
                 screen.take(volume, gone);
-                if gone && id.is_some() {
+                if is_over {
                     screen.draw()?;
                 }
                 true
@@ -77,7 +85,7 @@ pub(crate) async fn run(agent: &Agent, id: Option<&str>, format: Output) -> Resu
             (None, Output::Table) => output::print(&output::change(&volume, gone))?,
             (None, Output::Json) => output::print_json_line(&Change { volume: &volume, gone })?,
         };
-        if !read || (gone && id.is_some()) {
+        if !read || is_over {
             return Ok(());
         }
     }
@@ -96,7 +104,7 @@ fn is_abandoned() -> bool {
 /// The table on a terminal.
 #[derive(Default)]
 struct Screen {
-    volumes: BTreeMap<String, Volume>,
+    volumes: BTreeMap<(String, u64), Volume>,
     changed: bool,
     /// Lines that the last drawing took.
     lines: usize,
@@ -105,9 +113,9 @@ struct Screen {
 impl Screen {
     fn take(&mut self, volume: Volume, gone: bool) {
         if gone {
-            self.volumes.remove(&volume.id);
+            self.volumes.remove(&(volume.id, volume.generation));
         } else {
-            self.volumes.insert(volume.id.clone(), volume);
+            self.volumes.insert((volume.id.clone(), volume.generation), volume);
         }
         self.changed = true;
     }

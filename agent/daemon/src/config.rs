@@ -28,6 +28,10 @@ pub struct Config {
     pub tls: Option<Tls>,
     /// Where exports listen; without it volumes cannot be moved from here.
     pub export: Option<Export>,
+    /// Through how many nodes a volume may be read while it moves on before it
+    /// has arrived.
+    #[serde(default = "default_max_chain")]
+    pub max_chain: u32,
     /// Where space comes from.
     #[serde(default, rename = "pool")]
     pub pools: Vec<Pool>,
@@ -128,6 +132,10 @@ pub struct Pool {
     pub high_water_percent: f64,
 }
 
+const fn default_max_chain() -> u32 {
+    4
+}
+
 fn default_state() -> PathBuf {
     "/var/lib/dmlocal".into()
 }
@@ -210,6 +218,9 @@ impl Config {
         }
         if self.export.as_ref().is_some_and(|export| export.address.is_unspecified()) {
             return wrong("export.address", "must be the address that other nodes connect to");
+        }
+        if !(1..=16).contains(&self.max_chain) {
+            return wrong("max_chain", "must be 1 to 16");
         }
         let mut names = BTreeSet::new();
         for pool in &self.pools {

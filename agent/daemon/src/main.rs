@@ -11,18 +11,23 @@ mod store;
 #[cfg(test)]
 mod story;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{cell::Cell, path::PathBuf, sync::Arc};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::{info, warn};
+use tracing::{info, span::EnteredSpan, warn};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
     config::Config, kernel::real::RealKernel, peers::TlsPeers, reconcile::Volumes,
     service::Service, store::Store,
 };
+
+thread_local! {
+    /// What every line of this thread's belongs to.
+    static SPAN: Cell<Option<EnteredSpan>> = const { Cell::new(None) };
+}
 
 /// Makes node-local disks movable volumes.
 #[derive(Debug, Parser)]
@@ -63,10 +68,9 @@ fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_keep_alive(std::time::Duration::from_secs(2))
-        .on_thread_start(move || {
-            // For as long as the thread lives: whatever it logs is this node's.
-            std::mem::forget(of_every_thread.clone().entered());
-        })
+        // For as long as the thread lives: whatever it logs is this node's.
+        .on_thread_start(move || SPAN.set(Some(of_every_thread.clone().entered())))
+        .on_thread_stop(|| drop(SPAN.take()))
         .enable_all()
         .build()?;
     let _entered = span.entered();

@@ -1,4 +1,5 @@
-//! Makes what is there agree with what the journal says, one volume at a time.
+//! Makes what is there agree with what the journal says, one copy of a volume at a
+//! time.
 //!
 //! ```text
 //! request ── admit ── journal ─┐
@@ -7,8 +8,10 @@
 //!                                     └────────────────────────────────────────────┘
 //! ```
 //!
-//! One task tends each volume, and one lock per volume lets only one thing
-//! happen to it at a time; a volume whose device is stuck holds up no other.
+//! One task tends each copy, and one lock per copy lets only one thing happen to
+//! it at a time; a copy whose device is stuck holds up no other. A node may have
+//! two copies of one volume: one that was handed over and is still read, and one
+//! that comes back through it.
 //! Readers never wait: they see the last published [`View`].
 
 use std::{
@@ -19,9 +22,9 @@ use std::{
 
 use dmlocal_model::{
     admit::{Claim, Refusal},
-    name::VolumeId,
+    name::{Generation, VolumeId},
     plan::{self, Call, Device, Next, Seen, Step, Wait},
-    volume::{Event, Failure, Fate, Phase, ReceivingStage, Record, Tombstone},
+    volume::{Event, Failure, Fate, ReceivingStage, Record, Tombstone},
 };
 use tokio::{
     sync::{Notify, broadcast, watch},
@@ -33,7 +36,7 @@ use uuid::Uuid;
 
 use crate::{
     config::Config,
-    kernel::{Kernel, PoolFacts, StepError},
+    kernel::{Kernel, PoolFacts, PoolUsage, StepError},
     peers::{Peer, PeerError, Peers},
     progress::Progress,
     store::{Store, StoreError},
@@ -156,10 +159,14 @@ pub struct View {
     pub stalled_since: Option<SystemTime>,
 }
 
-/// A volume's place in memory.
+/// A copy of a volume: which volume, and which hand-over of it.
+pub type Copy = (VolumeId, Generation);
+
+/// A copy's place in memory.
 #[derive(Debug)]
 pub struct Slot {
     id: VolumeId,
+    generation: Generation,
     work: tokio::sync::Mutex<Work>,
     view: watch::Sender<Option<View>>,
     nudge: Notify,
@@ -177,6 +184,13 @@ pub struct Work {
     /// Ask no other node now.
     silent: bool,
     attempt: Option<Attempt>,
+}
+
+impl Work {
+    /// Why the volume is as it is, for people.
+    pub fn detail(&self) -> &str {
+        &self.detail
+    }
 }
 
 /// A connection to a source, tried beside everything else: the volume's lock is
@@ -204,7 +218,7 @@ pub struct Volumes {
     pub kernel: Arc<dyn Kernel>,
     /// Other nodes.
     pub peers: Arc<dyn Peers>,
-    slots: Mutex<BTreeMap<VolumeId, Arc<Slot>>>,
+    slots: Mutex<BTreeMap<Copy, Arc<Slot>>>,
     changes: broadcast::Sender<VolumeId>,
     pools: Mutex<BTreeMap<String, PoolFacts>>,
 }
@@ -237,13 +251,14 @@ impl Volumes {
         };
         let mut slots = BTreeMap::new();
         for record in records {
-            let slot = Slot::new(record.id);
+            let copy = (record.id, record.generation);
+            let slot = Slot::new(copy);
             slot.view.send_replace(Some(View::new(&record)));
             slot.work
                 .try_lock()
                 .map_err(|error| ServiceError::Internal(error.to_string()))?
                 .record = Some(record.clone());
-            slots.insert(record.id, Arc::new(slot));
+            slots.insert(copy, Arc::new(slot));
         }
         *locked(&volumes.slots) = slots;
         Ok(Arc::new(volumes))
@@ -279,51 +294,91 @@ impl Volumes {
         Ok(())
     }
 
-    /// The slot of a volume, made if it is absent.
-    fn slot(self: &Arc<Self>, id: VolumeId) -> Arc<Slot> {
+    /// The slot of a copy, made if it is absent.
+    fn slot(self: &Arc<Self>, copy: Copy) -> Arc<Slot> {
         let mut slots = locked(&self.slots);
-        if let Some(slot) = slots.get(&id) {
+        if let Some(slot) = slots.get(&copy) {
             return Arc::clone(slot);
         }
-        let slot = Arc::new(Slot::new(id));
-        slots.insert(id, Arc::clone(&slot));
+        let slot = Arc::new(Slot::new(copy));
+        slots.insert(copy, Arc::clone(&slot));
         tokio::spawn(Arc::clone(self).tend(Arc::clone(&slot)));
         slot
     }
 
-    /// Runs `work` with the volume's lock held, on the slot that is current.
+    /// Runs `work` with the copy's lock held, on the slot that is current.
     pub async fn with<T>(
+        self: &Arc<Self>,
+        copy: Copy,
+        work: impl AsyncFnOnce(&Slot, &mut Work) -> T,
+    ) -> T {
+        loop {
+            let slot = self.slot(copy);
+            let mut guard = slot.work.lock().await;
+            if guard.left {
+                continue;
+            }
+            return self.working(&slot, &mut guard, work).await;
+        }
+    }
+
+    /// The same for the copy that calls mean which name no generation: the newest,
+    /// or the first of a volume that is not here.
+    pub async fn with_newest<T>(
         self: &Arc<Self>,
         id: VolumeId,
         work: impl AsyncFnOnce(&Slot, &mut Work) -> T,
     ) -> T {
         loop {
-            let slot = self.slot(id);
+            let newest = self.view(id).map_or(Generation::FIRST, |view| view.record.generation);
+            let slot = self.slot((id, newest));
             let mut guard = slot.work.lock().await;
-            if guard.left {
+            // It may have gone, or another come, while the lock was waited for.
+            let now = self.view(id).map_or(Generation::FIRST, |view| view.record.generation);
+            if guard.left || now != newest {
+                if guard.record.is_none() && !guard.left {
+                    self.leave(&slot, &mut guard);
+                }
                 continue;
             }
-            let outcome = work(&slot, &mut guard).await;
-            if guard.record.is_none() {
-                self.leave(&slot, &mut guard);
-            }
-            slot.nudge.notify_one();
-            return outcome;
+            return self.working(&slot, &mut guard, work).await;
         }
+    }
+
+    async fn working<T>(
+        &self,
+        slot: &Slot,
+        guard: &mut Work,
+        work: impl AsyncFnOnce(&Slot, &mut Work) -> T,
+    ) -> T {
+        let outcome = work(slot, guard).await;
+        if guard.record.is_none() {
+            self.leave(slot, guard);
+        }
+        slot.nudge.notify_one();
+        outcome
     }
 
     /// Takes an empty slot out of the map; its task ends.
     fn leave(&self, slot: &Slot, work: &mut Work) {
         work.left = true;
-        locked(&self.slots).remove(&slot.id);
+        locked(&self.slots).remove(&slot.copy());
     }
 
-    /// What readers see of one volume.
+    /// What readers see of a volume's newest copy.
     pub fn view(&self, id: VolumeId) -> Option<View> {
-        locked(&self.slots).get(&id)?.view.borrow().clone()
+        self.copies(id).pop()
     }
 
-    /// What readers see of every volume, sorted by id.
+    /// What readers see of a volume's copies, the oldest first.
+    pub fn copies(&self, id: VolumeId) -> Vec<View> {
+        let of_volume = (id, Generation(0))..=(id, Generation(u64::MAX));
+        let slots: Vec<_> =
+            locked(&self.slots).range(of_volume).map(|(_, slot)| Arc::clone(slot)).collect();
+        slots.iter().filter_map(|slot| slot.view.borrow().clone()).collect()
+    }
+
+    /// What readers see of every copy, sorted by id and generation.
     pub fn views(&self) -> Vec<View> {
         let slots: Vec<_> = locked(&self.slots).values().cloned().collect();
         slots.iter().filter_map(|slot| slot.view.borrow().clone()).collect()
@@ -460,6 +515,12 @@ impl Volumes {
     ) -> Result<Rest, ServiceError> {
         for _ in 0..MAX_ACTIONS {
             let Some(record) = work.record.clone() else { return Ok(Rest::Gone) };
+            if !plan::needs_source(&record)
+                && let Some(attempt) = work.attempt.take()
+            {
+                // What it makes must be there to be taken down.
+                attempt.task.await?;
+            }
             let seen = self.look(&record, work).await?;
             self.publish(slot, work, Some(seen.clone()));
             let next = plan::next(&record, &seen);
@@ -508,8 +569,8 @@ impl Volumes {
                     let event = self.ask(slot, work, &record, call).await?;
                     self.journal(slot, work, event).await?;
                 }
-                Next::AskThenForget(_) => {
-                    self.withdraw(&record).await?;
+                Next::AskThenForget(call) => {
+                    self.take_leave(&record, call).await?;
                     self.forget(slot, work, &record).await?;
                 }
                 Next::Wait(wait) => return Ok(Rest::Wait(wait)),
@@ -530,15 +591,14 @@ impl Volumes {
         let hydrating = record.receiving().is_some_and(|r| r.stage == ReceivingStage::Hydrating);
         let (seen, usage) = tokio::task::spawn_blocking(move || {
             // A pool that cannot be asked counts as full.
-            let full = |_| 1.0;
-            let usage =
-                if hydrating { kernel.pool_usage(&owned.pool).unwrap_or_else(full) } else { 0.0 };
+            let full = |_| PoolUsage { data: 1.0, metadata: 1.0 };
+            let usage = hydrating.then(|| kernel.pool_usage(&owned.pool).unwrap_or_else(full));
             (kernel.look(&owned), usage)
         })
         .await?;
         let mut seen = seen.map_err(|source| ServiceError::Step { step: "look".into(), source })?;
         let high = self.config.pool(&record.pool).map_or(100.0, |pool| pool.high_water_percent);
-        let is_high = usage * 100.0 >= high;
+        let is_high = usage.is_some_and(|usage| usage.scarcest() * 100.0 >= high);
         seen.connecting = work.attempt.as_ref().is_some_and(Attempt::is_recent);
         work.progress.observe(record, &mut seen, is_high, Instant::now());
         Ok(seen)
@@ -682,7 +742,7 @@ impl Volumes {
     ) -> Result<(), ServiceError> {
         info!(volume = %record.id, "gone");
         let stones = record.epitaphs();
-        tokio::task::block_in_place(|| self.store.forget(record.id, &stones))?;
+        tokio::task::block_in_place(|| self.store.forget(record.id, record.generation, &stones))?;
         work.record = None;
         self.publish(slot, work, None);
         Ok(())
@@ -697,8 +757,8 @@ impl Volumes {
         call: Call,
     ) -> Result<Event, ServiceError> {
         let boot = self.kernel.boot();
-        match (call, &record.phase) {
-            (Call::Fence, Phase::Receiving(receiving)) => {
+        match (call, record.receiving(), &record.lent_before) {
+            (Call::Fence, Some(receiving), _) => {
                 let (peer, claim) = source_of(record, receiving);
                 match self.peers.fence(&peer, record.id, &claim).await {
                     Ok(size) if size == record.size.bytes() => Ok(Event::SourceFenced),
@@ -714,21 +774,11 @@ impl Volumes {
                     Err(error) => Err(error.into()),
                 }
             }
-            (Call::Release, Phase::Receiving(receiving)) => {
-                let (peer, claim) = source_of(record, receiving);
-                match self.peers.release(&peer, record.id, &claim).await {
-                    Ok(()) => Ok(Event::SourceReleased),
-                    Err(error) if is_over(&error) => {
-                        warn!(volume = %record.id, %error, "the source has no such grant any more");
-                        Ok(Event::SourceReleased)
-                    }
-                    Err(error) => Err(error.into()),
-                }
+            (Call::Release, Some(_), _) => {
+                self.take_leave(record, call).await.map(|()| Event::SourceReleased)
             }
-            (Call::QueryGrant, Phase::Local | Phase::Lent(_)) => {
-                let Some(borrower) = &record.lent_before else {
-                    return Ok(Event::Confirmed(boot));
-                };
+            (Call::QueryGrant, _, None) => Ok(Event::Confirmed(boot)),
+            (Call::QueryGrant, _, Some(borrower)) => {
                 let claim = Claim {
                     grant: borrower.grant,
                     incarnation: record.incarnation,
@@ -742,19 +792,30 @@ impl Volumes {
                     }
                 }
             }
-            (call, phase) => {
+            (call, ..) => {
+                let phase = &record.phase;
                 Err(ServiceError::Internal(format!("{call:?} makes no sense in {phase:?}")))
             }
         }
     }
 
-    /// Tells the source that its grant is not used.
-    async fn withdraw(&self, record: &Record) -> Result<(), ServiceError> {
+    /// Tells the source that its grant is not used, or that its copy is not needed
+    /// any more.
+    async fn take_leave(&self, record: &Record, call: Call) -> Result<(), ServiceError> {
         let Some(receiving) = record.receiving() else { return Ok(()) };
         let (peer, claim) = source_of(record, receiving);
-        match self.peers.revoke(&peer, record.id, &claim).await {
+        let answer = match call {
+            Call::Release => self.peers.release(&peer, record.id, &claim).await,
+            Call::Fence | Call::Revoke | Call::QueryGrant => {
+                self.peers.revoke(&peer, record.id, &claim).await
+            }
+        };
+        match answer {
             Ok(()) => Ok(()),
-            Err(error) if is_over(&error) => Ok(()),
+            Err(error) if is_over(&error) => {
+                info!(volume = %record.id, %error, "the source has no such grant any more");
+                Ok(())
+            }
             Err(error) => Err(error.into()),
         }
     }
@@ -796,9 +857,14 @@ impl Volumes {
 }
 
 impl Slot {
-    fn new(id: VolumeId) -> Self {
+    const fn copy(&self) -> Copy {
+        (self.id, self.generation)
+    }
+
+    fn new((id, generation): Copy) -> Self {
         Self {
             id,
+            generation,
             work: tokio::sync::Mutex::default(),
             view: watch::Sender::new(None),
             nudge: Notify::new(),

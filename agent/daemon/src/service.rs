@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeSet,
-    net::TcpListener,
     sync::{
         Arc,
         atomic::{AtomicU16, Ordering},
@@ -23,7 +22,7 @@ use uuid::Uuid;
 use crate::{
     kernel::{PoolFacts, StepError},
     peers::Peer,
-    reconcile::{Rest, ServiceError, Slot, View, Volumes, Work},
+    reconcile::{Copy, Rest, ServiceError, Slot, View, Volumes, Work},
 };
 
 /// What is needed before a volume can be received.
@@ -109,7 +108,7 @@ impl Service {
     pub async fn create(&self, id: VolumeId, size: u64, pool: &str) -> Result<View, ServiceError> {
         let pool = self.pool_name(pool)?;
         self.volumes
-            .with(id, async |slot, work| {
+            .with_newest(id, async |slot, work| {
                 let begun = self
                     .change(id, slot, work, Room::Fresh(&pool), |known| {
                         if known.handle.is_some() && known.record.is_none() {
@@ -131,7 +130,7 @@ impl Service {
     pub async fn delete(&self, which: impl Into<Which>) -> Result<(), ServiceError> {
         let which = which.into();
         self.volumes
-            .with(which.id, async |slot, work| {
+            .with_newest(which.id, async |slot, work| {
                 if let Err(Refusal::VolumeNotFound(_)) = which.of(work.record.as_ref()) {
                     return Ok(());
                 }
@@ -152,7 +151,7 @@ impl Service {
         let which = which.into();
         let id = which.id;
         self.volumes
-            .with(id, async |slot, work| {
+            .with_newest(id, async |slot, work| {
                 which.of(work.record.as_ref())?;
                 self.change(id, slot, work, Room::OfRecord, |known| {
                     admit::extend(which.of(known.record)?, size, known.room()?)
@@ -184,7 +183,7 @@ impl Service {
     ) -> Result<View, ServiceError> {
         let boot = self.volumes.kernel.boot();
         self.volumes
-            .with(id, async |slot, work| {
+            .with_newest(id, async |slot, work| {
                 let before = work.record.clone();
                 self.change(id, slot, work, Room::None, |known| {
                     admit::attach(known.record(id)?, generation, known.handle.as_ref(), boot)
@@ -205,7 +204,7 @@ impl Service {
         let which = which.into();
         let id = which.id;
         self.volumes
-            .with(id, async |slot, work| {
+            .with_newest(id, async |slot, work| {
                 let before = work.record.clone();
                 self.change(id, slot, work, Room::None, |known| {
                     admit::detach(which.of(known.record)?, known.handle.as_ref())
@@ -220,7 +219,10 @@ impl Service {
                             Refusal::HandleInUse { path }.into()
                         }
                         Err(cause) => cause,
-                        Ok(rest) => ServiceError::Internal(format!("{rest:?} with a handle")),
+                        Ok(_) => {
+                            let why = work.detail().to_owned();
+                            Refusal::VolumeFailed { id, why }.into()
+                        }
                     };
                     self.restore(slot, work, Err(cause), before).await?;
                 }
@@ -244,12 +246,13 @@ impl Service {
         let boot = self.volumes.kernel.boot();
         let node = self.volumes.config.node.clone();
         self.volumes
-            .with(id, async |slot, work| {
+            .with_newest(id, async |slot, work| {
                 let spent = self.volumes.tombstone(to.grant)?;
                 // Ports are given out under this lock, and to the journal.
                 let placing = self.placement.lock().await;
                 let export = self.new_export();
-                let request = GrantRequest { to, host_nqn, hold, export };
+                let max_depth = self.volumes.config.max_chain;
+                let request = GrantRequest { to, host_nqn, hold, export, max_depth };
                 let begun = self
                     .change(id, slot, work, Room::None, |known| {
                         let request = request.clone();
@@ -273,17 +276,21 @@ impl Service {
         self.needs(&RECEIVE_TARGETS)?;
         let pool = self.pool_name(pool)?;
         let id = offer.id;
+        let copy = (id, offer.source.generation.next());
         let node = self.volumes.config.node.clone();
         let peer =
             Peer { node: offer.source.node.clone(), endpoint: offer.source.endpoint.clone() };
         self.volumes
-            .with(id, async |slot, work| {
+            .with(copy, async |slot, work| {
                 let spent = self.volumes.tombstone(offer.source.grant)?;
+                let mut others = self.volumes.copies(id).into_iter().map(|view| view.record);
+                let elder = others.rfind(|record| record.generation != copy.1);
                 let begun = self
                     .change(id, slot, work, Room::In(&pool), |known| {
                         let handle = known.handle.as_ref();
                         admit::receive(
                             known.record,
+                            elder.as_ref(),
                             offer.clone(),
                             known.room()?,
                             handle,
@@ -310,7 +317,7 @@ impl Service {
         let which = which.into();
         let id = which.id;
         self.volumes
-            .with(id, async |slot, work| {
+            .with_newest(id, async |slot, work| {
                 self.change(id, slot, work, Room::None, |known| {
                     admit::switch(which.of(known.record)?)
                 })
@@ -328,7 +335,7 @@ impl Service {
     pub async fn abort(&self, which: impl Into<Which>) -> Result<(), ServiceError> {
         let which = which.into();
         self.volumes
-            .with(which.id, async |slot, work| {
+            .with_newest(which.id, async |slot, work| {
                 let record = which.of(work.record.as_ref())?.clone();
                 let kernel = Arc::clone(&self.volumes.kernel);
                 // Nobody else acts while the lock is held: what is counted here
@@ -352,7 +359,7 @@ impl Service {
     /// See [`admit::tune`].
     pub async fn tune(&self, id: VolumeId, change: Change) -> Result<View, ServiceError> {
         self.volumes
-            .with(id, async |slot, work| {
+            .with_newest(id, async |slot, work| {
                 self.change(id, slot, work, Room::None, |known| {
                     admit::tune(known.record(id)?, change)
                 })
@@ -374,7 +381,7 @@ impl Service {
         caller: Option<&str>,
     ) -> Result<u64, ServiceError> {
         self.volumes
-            .with(id, async |slot, work| {
+            .with(self.lent_under(id, claim.grant, claim.generation), async |slot, work| {
                 self.change(id, slot, work, Room::None, |known| {
                     let record = known.record.ok_or(Refusal::GrantUnknown(claim.grant))?;
                     borrowed_by(record, claim.grant, caller)?;
@@ -403,7 +410,7 @@ impl Service {
     ) -> Result<(), ServiceError> {
         let stone = self.volumes.tombstone(claim.grant)?;
         self.volumes
-            .with(id, async |slot, work| {
+            .with(self.lent_under(id, claim.grant, claim.generation), async |slot, work| {
                 if is_done(&stone, id, work) {
                     return Ok(());
                 }
@@ -413,7 +420,9 @@ impl Service {
                     admit::release(record, claim)
                 })
                 .await?;
-                self.volumes.converge(slot, work).await.map(|_| ())
+                // What follows is this node's own business, and may take long: a
+                // chain is let go from its end.
+                Ok(())
             })
             .await
     }
@@ -430,7 +439,7 @@ impl Service {
     ) -> Result<(), ServiceError> {
         let stone = self.volumes.tombstone(grant)?;
         self.volumes
-            .with(id, async |slot, work| {
+            .with(self.lent_under(id, grant, Generation::FIRST), async |slot, work| {
                 if is_done(&stone, id, work) {
                     return Ok(());
                 }
@@ -445,13 +454,22 @@ impl Service {
             .await
     }
 
+    /// The copy that was lent under a grant; without one, whichever copy the
+    /// caller believes in.
+    fn lent_under(&self, id: VolumeId, grant: Uuid, believed: Generation) -> Copy {
+        let mut copies = self.volumes.copies(id).into_iter().map(|view| view.record);
+        let lent = copies.find(|r| r.lent().is_some_and(|lent| lent.to.grant == grant));
+        (id, lent.map_or(believed, |record| record.generation))
+    }
+
     /// Whether this node has taken the volume under the grant.
     ///
     /// # Errors
     /// The journal cannot be read.
     pub fn has_taken(&self, id: VolumeId, grant: Uuid) -> Result<bool, ServiceError> {
         use dmlocal_model::volume::Fate;
-        let here = self.volumes.view(id).is_some_and(|view| view.record.has_taken(grant));
+        let copies = self.volumes.copies(id);
+        let here = copies.iter().any(|view| view.record.has_taken(grant));
         let stone = self.volumes.tombstone(grant)?;
         Ok(here || stone.is_some_and(|stone| stone.fate == Fate::Taken))
     }
@@ -490,7 +508,7 @@ impl Service {
             reason = "a share of a size is not larger than the size, nor negative"
         )]
         {
-            facts.used = (facts.size as f64 * usage) as u64;
+            facts.used = (facts.size as f64 * usage.data) as u64;
         }
         if !facts.zeroes {
             return Err(missing("the thin pool does not zero new blocks").into());
@@ -554,7 +572,13 @@ impl Service {
         }
         for pool in &config.pools {
             let name = &pool.name;
-            match self.volumes.pool_facts(name, true).await {
+            let (kernel, pool) = (Arc::clone(&self.volumes.kernel), name.clone());
+            let usage = tokio::task::spawn_blocking(move || kernel.pool_usage(&pool)).await;
+            let Ok(Ok(usage)) = usage else {
+                warnings.push(format!("pool {name}: volume group or thin pool is missing"));
+                continue;
+            };
+            match self.volumes.pool_facts(name, false).await {
                 Ok(Some(facts)) => {
                     if !facts.zeroes {
                         warnings.push(format!("pool {name}: new blocks are not zeroed"));
@@ -562,7 +586,7 @@ impl Service {
                     if !facts.errors_when_full {
                         warnings.push(format!("pool {name}: when full, writes hang for a minute"));
                     }
-                    if facts.size > 0 && facts.used >= facts.size / 10 * 9 {
+                    if usage.scarcest() >= 0.9 {
                         warnings.push(format!("pool {name}: more than 90 % is in use"));
                     }
                 }
@@ -624,9 +648,9 @@ impl Service {
         let (first, last) = (export.ports.first, export.ports.last);
         let after = self.last_port.load(Ordering::Relaxed).clamp(first, last);
         // Another target's port, or anybody's, is not ours to use.
-        let is_free = |port: &u16| {
-            !taken.contains(port) && TcpListener::bind((export.address, *port)).is_ok()
-        };
+        let kernel = &self.volumes.kernel;
+        let is_free =
+            |port: &u16| !taken.contains(port) && kernel.port_is_free(export.address, *port);
         let port = (after..=last).skip(1).chain(first..=after).find(is_free)?;
         self.last_port.store(port, Ordering::Relaxed);
         Some(ExportName {
@@ -653,6 +677,10 @@ impl Service {
             Room::In(pool) | Room::Fresh(pool) => Some(pool.to_owned()),
             Room::OfRecord => work.record.as_ref().map(|record| record.pool.clone()),
         };
+        if let (Some(pool), Room::Fresh(_)) = (&pool, &room) {
+            // Before the lock, which others wait for; what it says is remembered.
+            let _ = self.volumes.pool_facts(pool, true).await;
+        }
         let placing = match &pool {
             Some(_) => Some(self.placement.lock().await),
             None => None,
@@ -660,7 +688,7 @@ impl Service {
         let record = work.record.clone();
         let mut known = Known { record: record.as_ref(), handle, room: None };
         if let Some(pool) = &pool {
-            known.room = Some(self.room(pool, matches!(room, Room::Fresh(_))).await?);
+            known.room = Some(self.room(pool, false).await?);
         }
         let mut admitted = admit(&known);
         if let (Some(pool), Err(Refusal::NoRoom { .. })) = (&pool, &admitted) {
@@ -741,8 +769,7 @@ impl Service {
             .into()),
             (Rest::Wait(Wait::Operator), Some(record)) => {
                 let id = record.id;
-                let view = self.volumes.view(id);
-                let why = view.map_or_else(String::new, |view| view.detail);
+                let why = work.detail().to_owned();
                 Err(Refusal::VolumeFailed { id, why }.into())
             }
             (rest, _) => Ok(rest),

@@ -13,7 +13,7 @@ use std::{
 };
 
 use dmlocal_model::{
-    name::VolumeId,
+    name::{Generation, VolumeId},
     volume::{Record, Tombstone},
 };
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableError};
@@ -27,7 +27,7 @@ pub const JOURNAL_VERSION: u32 = 1;
 const FILE: &str = "journal.redb";
 /// Facts of the journal itself: `version`, `node`, `host`.
 const FACTS: TableDefinition<'_, &str, &str> = TableDefinition::new("facts");
-/// Volume id to record.
+/// Volume id and generation of the copy, with a space in between, to record.
 const VOLUMES: TableDefinition<'_, &str, &str> = TableDefinition::new("volumes");
 /// Grant id to tombstone.
 const TOMBSTONES: TableDefinition<'_, &str, &str> = TableDefinition::new("tombstones");
@@ -159,7 +159,7 @@ impl Store {
     /// The write failed, now or earlier.
     pub fn put(&self, record: &Record, stones: &[Tombstone]) -> Result<(), StoreError> {
         self.write(|write| {
-            let key = record.id.to_string();
+            let key = key_of(record.id, record.generation);
             write.open_table(VOLUMES)?.insert(key.as_str(), encode(&key, record)?.as_str())?;
             bury(write, stones)
         })
@@ -169,9 +169,14 @@ impl Store {
     ///
     /// # Errors
     /// The write failed, now or earlier.
-    pub fn forget(&self, id: VolumeId, stones: &[Tombstone]) -> Result<(), StoreError> {
+    pub fn forget(
+        &self,
+        id: VolumeId,
+        generation: Generation,
+        stones: &[Tombstone],
+    ) -> Result<(), StoreError> {
         self.write(|write| {
-            write.open_table(VOLUMES)?.remove(id.to_string().as_str())?;
+            write.open_table(VOLUMES)?.remove(key_of(id, generation).as_str())?;
             bury(write, stones)
         })
     }
@@ -211,6 +216,10 @@ impl Store {
         }
         Ok(all)
     }
+}
+
+fn key_of(id: VolumeId, generation: Generation) -> String {
+    format!("{id} {generation}")
 }
 
 fn bury(write: &redb::WriteTransaction, stones: &[Tombstone]) -> Result<(), StoreError> {
@@ -279,7 +288,7 @@ mod test {
         let stone = Tombstone { volume: id, incarnation: grant, grant, fate: Fate::Taken };
         Store::open(directory.path(), "a")
             .unwrap()
-            .forget(id, std::slice::from_ref(&stone))
+            .forget(id, Generation::FIRST, std::slice::from_ref(&stone))
             .unwrap();
         let store = Store::open(directory.path(), "a").unwrap();
         assert_eq!(store.tombstone(grant).unwrap(), Some(stone));

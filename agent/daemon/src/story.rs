@@ -37,7 +37,7 @@ struct Direct {
 
 impl Direct {
     fn at(&self, peer: &Peer) -> &Service {
-        &self.services.get().unwrap()[usize::from(peer.node == "n1")]
+        &self.services.get().unwrap()[number(&peer.node)]
     }
 }
 
@@ -52,13 +52,16 @@ fn refused<T>(peer: &Peer, outcome: Result<T, ServiceError>) -> Result<T, PeerEr
     })
 }
 
+fn number(name: &str) -> usize {
+    name[1..].parse().unwrap()
+}
+
 #[async_trait]
 impl Peers for Direct {
     async fn prepare(&self, _: &Peer) {}
 
     async fn fence(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<u64, PeerError> {
-        let caller = if peer.node == "n0" { "n1" } else { "n0" };
-        refused(peer, self.at(peer).fence(volume, claim, Some(caller)).await)
+        refused(peer, self.at(peer).fence(volume, claim, None).await)
     }
 
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
@@ -82,10 +85,11 @@ struct Pair {
     id: VolumeId,
 }
 
-fn config(node: usize) -> Config {
+fn config(node: usize, max_chain: u32) -> Config {
     Config::parse(&format!(
         r#"
         node = "n{node}"
+        max_chain = {max_chain}
         [export]
         address = "127.0.0.1"
         ports = "4420-4421"
@@ -101,19 +105,21 @@ fn config(node: usize) -> Config {
 
 impl Pair {
     async fn open(world: Arc<Mutex<World>>, directory: &std::path::Path) -> Self {
-        Self::open_with(world, directory, |_| {}).await
+        Self::open_with(world, directory, 4, |_| {}).await
     }
 
     async fn open_with(
         world: Arc<Mutex<World>>,
         directory: &std::path::Path,
+        max_chain: u32,
         change: impl Fn(&mut FakeKernel),
     ) -> Self {
         let died = Arc::new(Notify::new());
         let peers = Arc::new(Direct::default());
         let mut services = Vec::new();
-        for node in 0..2 {
-            let config = config(node);
+        let nodes = locked(&world).nodes.len();
+        for node in 0..nodes {
+            let config = config(node, max_chain);
             let store = Store::open(&directory.join(format!("n{node}")), &config.node).unwrap();
             let mut kernel = FakeKernel {
                 world: Arc::clone(&world),
@@ -150,14 +156,36 @@ impl Pair {
     }
 
     async fn begin_move(&self, hold: bool) -> Result<View, ServiceError> {
-        let grant = Uuid::from_u128(7);
-        let to = Borrower { grant, node: "n1".into(), endpoint: "https://n1".into() };
-        let granted = self.services[0].grant(self.id, to, "nqn".into(), hold).await?;
-        let received = self.services[1].receive(offer(&granted.record), "").await;
+        self.move_between(0, 1, 7, hold).await
+    }
+
+    async fn move_between(
+        &self,
+        from: usize,
+        to: usize,
+        grant: u128,
+        hold: bool,
+    ) -> Result<View, ServiceError> {
+        let grant = Uuid::from_u128(grant);
+        let (node, endpoint) = (format!("n{to}"), format!("https://n{to}"));
+        let borrower = Borrower { grant, node, endpoint };
+        let granted = self.services[from].grant(self.id, borrower, "nqn".into(), hold).await?;
+        let received = self.services[to].receive(offer(&granted.record, from), "").await;
         if received.is_err() {
-            self.services[0].revoke(self.id, grant, None).await?;
+            self.services[from].revoke(self.id, grant, None).await?;
         }
         received
+    }
+
+    /// Waits until a node has no other copy but the newest.
+    async fn until_alone(&self, node: usize) {
+        let volumes = &self.services[node].volumes;
+        let waited = timeout(PATIENCE, async {
+            while volumes.copies(self.id).len() > 1 {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        });
+        waited.await.unwrap_or_else(|_| panic!("{:#?}", volumes.copies(self.id)));
     }
 
     /// Waits until a node's view is as wanted, hydrating meanwhile.
@@ -176,14 +204,17 @@ impl Pair {
 /// What a later process finds of the journals; the earlier one may still have
 /// them open.
 fn copy_journals(from: &std::path::Path, to: &std::path::Path) {
-    for node in ["n0", "n1"] {
+    for node in ["n0", "n1", "n2"] {
+        if !from.join(node).exists() {
+            continue;
+        }
         std::fs::create_dir(to.join(node)).unwrap();
         let file = format!("{node}/journal.redb");
         std::fs::copy(from.join(&file), to.join(&file)).unwrap();
     }
 }
 
-fn offer(record: &dmlocal_model::volume::Record) -> Offer {
+fn offer(record: &dmlocal_model::volume::Record, from: usize) -> Offer {
     let lent = record.lent().unwrap();
     Offer {
         id: record.id,
@@ -192,10 +223,11 @@ fn offer(record: &dmlocal_model::volume::Record) -> Offer {
         logical_block_size: record.logical_block_size,
         source: Source {
             grant: lent.to.grant,
-            node: "n0".into(),
-            endpoint: "https://n0".into(),
+            node: format!("n{from}"),
+            endpoint: format!("https://n{from}"),
             generation: record.generation,
             hold: lent.hold,
+            depth: record.receiving().map_or(1, |receiving| receiving.source.depth + 1),
             export: lent.export.clone(),
         },
     }
@@ -455,7 +487,7 @@ fn what_a_node_lacks_is_named_before_anything_changes() {
     runtime().block_on(async {
         let directory = tempfile::tempdir().unwrap();
         let world = Arc::new(Mutex::new(World::new(2)));
-        let pair = Pair::open_with(Arc::clone(&world), directory.path(), |kernel| {
+        let pair = Pair::open_with(Arc::clone(&world), directory.path(), 4, |kernel| {
             if kernel.node == 1 {
                 kernel.targets.retain(|target| !target.starts_with("clone "));
                 kernel.pool = None;
@@ -476,7 +508,7 @@ fn blocks_of_another_size_are_refused_and_the_grant_withdrawn() {
     runtime().block_on(async {
         let directory = tempfile::tempdir().unwrap();
         let world = Arc::new(Mutex::new(World::new(2)));
-        let pair = Pair::open_with(Arc::clone(&world), directory.path(), |kernel| {
+        let pair = Pair::open_with(Arc::clone(&world), directory.path(), 4, |kernel| {
             if kernel.node == 1
                 && let Some(pool) = &mut kernel.pool
             {
@@ -499,7 +531,7 @@ fn a_full_pool_refuses_the_move_and_the_source_goes_on() {
     runtime().block_on(async {
         let directory = tempfile::tempdir().unwrap();
         let world = Arc::new(Mutex::new(World::new(2)));
-        let pair = Pair::open_with(Arc::clone(&world), directory.path(), |kernel| {
+        let pair = Pair::open_with(Arc::clone(&world), directory.path(), 4, |kernel| {
             if kernel.node == 1
                 && let Some(pool) = &mut kernel.pool
             {
@@ -542,5 +574,158 @@ fn a_clone_whose_metadata_is_lost_fails_and_is_never_begun_anew() {
         assert_eq!(one(pair.services[1].attach(pair.id, None).await), "VOLUME_FAILED");
         assert_eq!(pair.read(1, 0), Io::Failed, "a handle over who knows what");
         assert!(pair.view(0).is_some(), "the source is kept");
+    });
+}
+
+/// A volume that moves on before it has arrived, and comes back to where it was.
+async fn chain(pair: &Pair, written: &Mutex<u64>) -> Result<(), ServiceError> {
+    let [a, b, c] = &pair.services[..] else { panic!("three agents") };
+    a.create(pair.id, VOLUME_BYTES, "").await?;
+    a.attach(pair.id, None).await?;
+    for region in 0..REGIONS {
+        assert_eq!(pair.write(0, region, 100 + region as u64), Io::Done(()));
+    }
+    *written.lock().unwrap() = 1;
+    pair.move_between(0, 1, 7, true).await?;
+    b.switch(pair.id).await?;
+    assert_eq!(pair.write(1, 2, 200), Io::Done(()));
+    *written.lock().unwrap() = 2;
+    pair.move_between(1, 2, 8, true).await?;
+    assert_eq!(pair.read(2, 2), Io::Done(200), "through two nodes");
+    c.switch(pair.id).await?;
+    assert_eq!(pair.write(2, 3, 300), Io::Done(()));
+    *written.lock().unwrap() = 3;
+    assert_eq!(pair.write(1, 3, 301), Io::Failed, "the middle is fenced");
+    // The handle at A is still there: nothing may come back below it.
+    a.detach(pair.id).await?;
+    pair.move_between(2, 0, 9, true).await?;
+    a.switch(pair.id).await?;
+    assert_eq!(pair.read(0, 0), Io::Done(100), "round all three");
+    assert_eq!(pair.write(0, 0, 400), Io::Done(()));
+    *written.lock().unwrap() = 4;
+    pair.until(0, is_local).await;
+    pair.until(1, |view| view.is_none()).await;
+    pair.until(2, |view| view.is_none()).await;
+    pair.until_alone(0).await;
+    Ok(())
+}
+
+async fn judge_chain(pair: &Pair, written: u64) {
+    // Whatever was left in the air is ended as an operator would.
+    for service in &pair.services {
+        let newest = service.volumes.view(pair.id).map(|view| view.record);
+        if newest.is_some_and(|r| r.receiving().is_some_and(|r| !r.stage.is_taken())) {
+            let _ = service.abort(pair.id).await;
+        }
+    }
+    for service in &pair.services {
+        let newest = service.volumes.view(pair.id).map(|view| view.record);
+        let Some(lent) = newest.as_ref().and_then(|record| record.lent()) else { continue };
+        let there = pair.services[number(&lent.to.node)].volumes.copies(pair.id);
+        let grant = lent.to.grant;
+        if !there.iter().any(|view| view.record.has_taken(grant)) {
+            let _ = service.abort(pair.id).await;
+        }
+    }
+    let generation = |node: usize| pair.view(node).map(|view| view.record.generation);
+    let Some(home) =
+        (0..3).filter(|node| generation(*node).is_some()).max_by_key(|n| generation(*n))
+    else {
+        assert_eq!(written, 0, "the only copy is gone");
+        return;
+    };
+    pair.until(home, is_local).await;
+    pair.until_alone(home).await;
+    for other in (0..3).filter(|node| *node != home) {
+        pair.until(other, |view| view.is_none()).await;
+        assert!(locked(&pair.world).is_clean(other), "something is left at {other}");
+    }
+    pair.services[home].attach(pair.id, generation(home)).await.unwrap();
+    for region in 0..REGIONS {
+        let wanted = match (written, region) {
+            (0, _) => 0,
+            (4, 0) => 400,
+            (3.., 3) => 300,
+            (2.., 2) => 200,
+            _ => 100 + region as u64,
+        };
+        assert_eq!(pair.read(home, region), Io::Done(wanted), "region {region}");
+    }
+    pair.services[home].detach(pair.id).await.unwrap();
+    pair.services[home].delete(pair.id).await.unwrap();
+    assert!(locked(&pair.world).is_clean(home), "something is left after deletion");
+}
+
+#[test]
+fn a_chain_that_returns_ends_well_wherever_the_process_dies() {
+    for actions in (0..).step_by(3) {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(3)));
+        let written = Arc::new(Mutex::new(0));
+        let first = runtime();
+        locked(&world).fuse = Some(actions);
+        let ended = first.block_on(async {
+            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+            tokio::select! {
+                outcome = chain(&pair, &written) => {
+                    outcome.unwrap();
+                    true
+                }
+                () = pair.died.notified() => false,
+            }
+        });
+        first.shutdown_background();
+        if ended {
+            assert!(actions > 80, "the story has too few actions to be the story");
+            break;
+        }
+        let image = tempfile::tempdir().unwrap();
+        copy_journals(directory.path(), image.path());
+        locked(&world).fuse = None;
+        let written = *written.lock().unwrap();
+        runtime().block_on(async {
+            let pair = Pair::open(world, image.path()).await;
+            judge_chain(&pair, written).await;
+        });
+    }
+}
+
+#[test]
+fn a_chain_that_returns_ends_well_whatever_fails() {
+    for actions in (0..).step_by(3) {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(3)));
+        let written = Mutex::new(0);
+        let ended = runtime().block_on(async {
+            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+            locked(&world).fault = Some(actions);
+            let _ = chain(&pair, &written).await;
+            let untouched = locked(&world).fault.take().is_some();
+            let written = *written.lock().unwrap();
+            judge_chain(&pair, written).await;
+            untouched
+        });
+        if ended {
+            assert!(actions > 80, "the story has too few actions to be the story");
+            break;
+        }
+    }
+}
+
+#[test]
+fn a_chain_has_a_limit() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(3)));
+        let pair = Pair::open_with(world, directory.path(), 2, |_| {}).await;
+        pair.services[0].create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        pair.move_between(0, 1, 7, false).await.unwrap();
+        pair.services[1].detach(pair.id).await.unwrap();
+        pair.move_between(1, 2, 8, false).await.unwrap();
+        pair.services[2].detach(pair.id).await.unwrap();
+        // The third node may receive, not pass on.
+        assert_eq!(one(pair.move_between(2, 0, 9, false).await), "CHAIN_TOO_DEEP");
+        pair.until(2, is_local).await;
+        pair.move_between(2, 0, 9, false).await.unwrap();
     });
 }

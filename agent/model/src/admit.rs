@@ -10,7 +10,7 @@ use crate::{
     units::Sectors,
     volume::{
         Borrower, Event, ExportName, IllegalTransition, Lent, LentStage, Phase, Receiving,
-        ReceivingStage, Record, Source, Tombstone,
+        ReceivingStage, Record, Relay, Source, Tombstone,
     },
 };
 
@@ -177,6 +177,14 @@ pub enum Refusal {
         /// What it may be.
         range: String,
     },
+    /// Too many copies would be read through.
+    #[error("the volume is read through {depth} nodes already; at most {limit} are allowed")]
+    ChainTooDeep {
+        /// How many.
+        depth: u32,
+        /// How many may be.
+        limit: u32,
+    },
     /// No port is free for another export.
     #[error("no port is free for another export")]
     PortsExhausted,
@@ -214,6 +222,7 @@ impl Refusal {
             Self::HandleInUse { .. } => "HANDLE_IN_USE",
             Self::ConfirmationRequired { .. } => "CONFIRMATION_REQUIRED",
             Self::SettingOutOfRange { .. } => "SETTING_OUT_OF_RANGE",
+            Self::ChainTooDeep { .. } => "CHAIN_TOO_DEEP",
             Self::PortsExhausted => "PORTS_EXHAUSTED",
             Self::TargetMissing(_) => "TARGET_MISSING",
         }
@@ -393,27 +402,29 @@ pub fn attach(
     {
         return Err(Refusal::GenerationStale { present: record.generation, named });
     }
-    let writable_here = match &record.phase {
-        Phase::Creating | Phase::Deleting => return Err(Refusal::VolumeNotFound(record.id)),
-        Phase::Local => true,
-        Phase::Lent(lent) if lent.stage == LentStage::Published && lent.hold => true,
-        Phase::Lent(lent) if lent.stage == LentStage::Published => {
-            return Err(Refusal::VolumePublished { id: record.id, node: lent.to.node.clone() });
-        }
-        Phase::Lent(lent) if lent.stage == LentStage::Revoking => true,
-        Phase::Lent(lent) => {
-            return Err(Refusal::VolumeFenced { id: record.id, node: lent.to.node.clone() });
-        }
-        Phase::Receiving(receiving) => {
-            not_failed(record.id, receiving)?;
-            match receiving.stage {
-                ReceivingStage::Aborting | ReceivingStage::Withdrawing => {
-                    return Err(Refusal::VolumeMoving(record.id));
-                }
-                _ => false,
+    if matches!(record.phase, Phase::Creating | Phase::Deleting) {
+        return Err(Refusal::VolumeNotFound(record.id));
+    }
+    if let Some(lent) = record.lent() {
+        let (id, node) = (record.id, lent.to.node.clone());
+        match lent.stage {
+            LentStage::Published if !lent.hold => {
+                return Err(Refusal::VolumePublished { id, node });
+            }
+            LentStage::Published | LentStage::Revoking => {}
+            LentStage::Fencing | LentStage::Fenced | LentStage::Releasing => {
+                return Err(Refusal::VolumeFenced { id, node });
             }
         }
-    };
+    }
+    let mut writable_here = true;
+    if let Some(receiving) = record.receiving() {
+        not_failed(record.id, receiving)?;
+        if matches!(receiving.stage, ReceivingStage::Aborting | ReceivingStage::Withdrawing) {
+            return Err(Refusal::VolumeMoving(record.id));
+        }
+        writable_here = receiving.stage.is_owner();
+    }
     let mut wanted = record.clone();
     wanted.attached = true;
     if writable_here && !record.is_confirmed(boot) {
@@ -464,6 +475,8 @@ pub struct GrantRequest {
     pub hold: bool,
     /// The export, for a grant that is new.
     pub export: Option<ExportName>,
+    /// Through how many nodes a volume may be read.
+    pub max_depth: u32,
 }
 
 /// Offers the volume to one peer.
@@ -502,7 +515,16 @@ pub fn grant(
     {
         return Err(Refusal::VolumeMoving(record.id));
     }
-    at_rest(record)?;
+    match &record.phase {
+        Phase::Receiving(receiving) if receiving.stage.is_owner() => {
+            not_failed(record.id, receiving)?;
+            let depth = receiving.source.depth;
+            if depth >= request.max_depth {
+                return Err(Refusal::ChainTooDeep { depth, limit: request.max_depth });
+            }
+        }
+        _ => at_rest(record)?,
+    }
     if !request.hold && record.attached {
         return Err(Refusal::VolumeAttached(record.id));
     }
@@ -516,16 +538,22 @@ pub fn grant(
         });
     }
     let export = request.export.ok_or(Refusal::PortsExhausted)?;
+    let lent_before = Some(request.to.clone());
+    let lent = Lent {
+        to: request.to,
+        host_nqn: request.host_nqn,
+        hold: request.hold,
+        export,
+        stage: LentStage::Published,
+    };
+    let phase = match record.receiving() {
+        Some(receiving) => Phase::Relaying(Box::new(Relay { receiving: receiving.clone(), lent })),
+        None => Phase::Lent(lent),
+    };
     Ok(Admitted::Journal(Box::new(Record {
-        lent_before: Some(request.to.clone()),
+        lent_before,
         confirmed_in: Some(boot),
-        phase: Phase::Lent(Lent {
-            to: request.to,
-            host_nqn: request.host_nqn,
-            hold: request.hold,
-            export,
-            stage: LentStage::Published,
-        }),
+        phase,
         ..record.clone()
     })))
 }
@@ -545,13 +573,16 @@ pub struct Offer {
     pub source: Source,
 }
 
-/// Receives a volume.
+/// Receives a volume. `elder` is another copy of it on this node: one that was
+/// handed over and is not needed any more only once the volume that returns is
+/// whole.
 ///
 /// # Errors
 /// The id is taken here, an old handle is still there, the grant is spent, or
 /// the pool does not fit.
 pub fn receive(
     existing: Option<&Record>,
+    elder: Option<&Record>,
     offer: Offer,
     pool: &PoolRoom,
     handle: Option<&Device>,
@@ -580,6 +611,18 @@ pub fn receive(
     }
     if spent.is_some() {
         return Err(Refusal::GrantUnknown(grant));
+    }
+    if let Some(elder) = elder {
+        let passed_on = elder
+            .lent()
+            .is_some_and(|lent| matches!(lent.stage, LentStage::Fenced | LentStage::Releasing));
+        if !passed_on || elder.incarnation != offer.incarnation {
+            return Err(Refusal::VolumeExists { id: elder.id, field: "grant" });
+        }
+        if elder.generation > offer.source.generation {
+            let (present, named) = (elder.generation, offer.source.generation);
+            return Err(Refusal::GenerationStale { present, named });
+        }
     }
     free_handle(offer.id, handle)?;
     if pool.logical_block_size != offer.logical_block_size {
@@ -650,8 +693,9 @@ pub fn switch(record: &Record) -> Result<Admitted, Refusal> {
 pub fn abort(record: &Record, held_writes: u64) -> Result<Admitted, Refusal> {
     match &record.phase {
         Phase::Lent(lent) => revoke(record, lent.to.grant),
+        Phase::Relaying(relay) => revoke(record, relay.lent.to.grant),
         Phase::Receiving(receiving) => match receiving.stage {
-            ReceivingStage::Held if held_writes > 0 => {
+            ReceivingStage::Held if held_writes > 0 && receiving.failure.is_none() => {
                 Err(Refusal::WrittenAtDestination { count: held_writes })
             }
             ReceivingStage::Allocating
@@ -795,7 +839,8 @@ fn at_rest(record: &Record) -> Result<(), Refusal> {
     match &record.phase {
         Phase::Local => Ok(()),
         Phase::Creating | Phase::Deleting => Err(Refusal::VolumeMoving(record.id)),
-        Phase::Lent(lent) => {
+        Phase::Lent(_) | Phase::Relaying(_) => {
+            let Some(lent) = record.lent() else { return Err(Refusal::VolumeMoving(record.id)) };
             let (id, node) = (record.id, lent.to.node.clone());
             Err(match lent.stage {
                 LentStage::Published | LentStage::Revoking => Refusal::VolumePublished { id, node },

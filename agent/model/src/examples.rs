@@ -72,6 +72,7 @@ fn receiving(stage: ReceivingStage) -> Record {
             endpoint: "https://a".into(),
             generation: Generation(1),
             hold: true,
+            depth: 1,
             export: export(),
         },
         meta: Some("meta".into()),

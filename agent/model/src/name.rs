@@ -136,17 +136,22 @@ impl DmName {
     /// The device of a volume that has this role in this generation.
     pub fn new(volume: VolumeId, generation: Generation, role: Role) -> Self {
         let suffix = match role {
-            Role::Handle => return Self::from_name(format!("dmlocal-{volume}")),
+            // The name is the consumers' and stays; the UUID is one copy's, so that
+            // nothing that is meant for an old copy's handle hits a new one's.
+            Role::Handle => {
+                return Self {
+                    name: handle_name(volume),
+                    uuid: format!("{DM_UUID_PREFIX}{volume}-g{generation}"),
+                };
+            }
             Role::Clone => "clone",
             Role::Src => "src",
             Role::Export => "export",
         };
-        Self::from_name(format!("dmlocal-{volume}-g{generation}-{suffix}"))
-    }
-
-    fn from_name(name: String) -> Self {
-        let uuid = format!("{DM_UUID_PREFIX}{}", &name["dmlocal-".len()..]);
-        Self { name, uuid }
+        Self {
+            name: format!("dmlocal-{volume}-g{generation}-{suffix}"),
+            uuid: format!("{DM_UUID_PREFIX}{volume}-g{generation}-{suffix}"),
+        }
     }
 
     /// Where consumers find it.
@@ -159,6 +164,11 @@ impl fmt::Display for DmName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.name.fmt(f)
     }
+}
+
+/// Name of a volume's handle under `/dev/mapper`, whichever copy it stands on.
+pub fn handle_name(volume: VolumeId) -> String {
+    format!("dmlocal-{volume}")
 }
 
 /// Name of the data LV.
@@ -207,7 +217,9 @@ mod test {
     fn the_handle_keeps_its_name_over_generations() {
         let handle = DmName::new(id(), Generation(7), Role::Handle);
         assert_eq!(handle.path(), format!("/dev/mapper/dmlocal-{}", id()));
-        assert_eq!(handle, DmName::new(id(), Generation(8), Role::Handle));
+        let later = DmName::new(id(), Generation(8), Role::Handle);
+        assert_eq!(handle.name, later.name);
+        assert_ne!(handle.uuid, later.uuid, "a late step of one copy could hit another's");
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::{
     units::{DevNo, Sectors},
     volume::{
         Event, ExportName, Failure, Lent, LentStage, Phase, Receiving, ReceivingStage, Record,
+        Relay,
     },
 };
 
@@ -154,7 +155,7 @@ pub enum Step {
     /// Let consumers write: drop what is clean in the handle's page cache, give
     /// it this table, and drop that again.
     OpenHandle(Table),
-    /// Write the page cache of this device back and drop it.
+    /// Drop what is clean in the page cache of this device.
     DropCache(DevNo),
     /// Make the clone refuse discards.
     BlockDiscards(DevNo),
@@ -271,6 +272,7 @@ pub fn next(record: &Record, seen: &Seen) -> Next {
         Phase::Local => plan.local(),
         Phase::Lent(lent) => plan.lent(lent),
         Phase::Receiving(receiving) => plan.receiving(receiving),
+        Phase::Relaying(relay) => plan.relaying(relay),
         Phase::Deleting if seen.handle.is_some() => Next::Do(vec![Step::Remove(Role::Handle)]),
         Phase::Deleting => Next::Forget(vec![Step::RetireAll]),
     }
@@ -279,7 +281,14 @@ pub fn next(record: &Record, seen: &Seen) -> Next {
 /// Whether nothing waits for the outcome of these steps: a connection to the
 /// source of a copy that consumers may use already.
 pub fn is_attempt(record: &Record, steps: &[Step]) -> bool {
+    needs_source(record) && matches!(steps, [Step::Connect(_)])
+}
+
+/// Whether a connection to the source is still wanted by consumers. Where it is
+/// not, an attempt must have ended before anything is taken down.
+pub fn needs_source(record: &Record) -> bool {
     use ReceivingStage as S;
+    let parting = record.lent().is_some_and(|lent| lent.stage == LentStage::Releasing);
     let in_use = record.receiving().is_some_and(|receiving| match receiving.stage {
         S::Held | S::Switching | S::Refused | S::Hydrating => true,
         S::Allocating
@@ -290,7 +299,7 @@ pub fn is_attempt(record: &Record, steps: &[Step]) -> bool {
         | S::Aborting
         | S::Withdrawing => false,
     });
-    in_use && matches!(steps, [Step::Connect(_)])
+    in_use && !parting
 }
 
 /// Names of the LVs of a record, data first.
@@ -347,10 +356,19 @@ impl Plan<'_> {
 
     /// The handle of a volume that this node may write.
     fn own_handle(&self, data: &Lv) -> Option<Next> {
+        self.top(&self.on_data(data), Self::set_handle)
+    }
+
+    /// The handle of a copy that is the volume: as `table` says, unless it was
+    /// handed over, or nobody has confirmed since the last boot that it was not.
+    fn top(&self, table: &Table, open: impl FnOnce(Table) -> Step) -> Option<Next> {
+        if self.record.lent().is_some_and(|lent| lent.stage.is_closed()) {
+            return self.fenced_handle();
+        }
         if self.record.attached && !self.record.is_confirmed(self.seen.boot) {
             return Some(Next::Ask(Call::QueryGrant));
         }
-        self.handle(&self.on_data(data), Self::set_handle)
+        self.handle(table, open)
     }
 
     fn lent(&self, lent: &Lent) -> Next {
@@ -360,21 +378,43 @@ impl Plan<'_> {
             (Some(data), _) => data,
             (None, _) => return Next::Wait(Wait::Pool),
         };
+        self.handed_over(lent, data.device)
+            .or_else(|| self.own_handle(data))
+            .unwrap_or(Next::Wait(Wait::Peer))
+    }
+
+    /// What the borrower needs of the device that holds the volume here; `None`
+    /// when it has it.
+    fn handed_over(&self, lent: &Lent, below: DevNo) -> Option<Next> {
         match lent.stage {
-            LentStage::Published => self
-                .exported(lent, data)
-                .or_else(|| self.own_handle(data))
-                .unwrap_or(Next::Wait(Wait::Peer)),
-            LentStage::Fencing => self
-                .fenced_handle()
-                .unwrap_or(Next::DoThen(Step::Flush(data.device), Event::Fenced)),
-            LentStage::Fenced => self
-                .fenced_handle()
-                .or_else(|| self.exported(lent, data))
-                .unwrap_or(Next::Wait(Wait::Peer)),
-            LentStage::Revoking => self.unexported(lent).unwrap_or(Next::Journal(Event::Revoked)),
-            LentStage::Releasing => self.releasing(lent),
+            LentStage::Published => self.exported(lent, below),
+            LentStage::Fencing => Some(
+                self.fenced_handle()
+                    .or_else(|| self.exported(lent, below))
+                    .unwrap_or(Next::DoThen(Step::Flush(below), Event::Fenced)),
+            ),
+            LentStage::Fenced => self.fenced_handle().or_else(|| self.exported(lent, below)),
+            LentStage::Revoking => {
+                Some(self.unexported(lent).unwrap_or(Next::Journal(Event::Revoked)))
+            }
+            LentStage::Releasing => None,
         }
+    }
+
+    /// The middle of a chain: the source's side below, the borrower's above.
+    fn relaying(&self, relay: &Relay) -> Next {
+        let Relay { receiving, lent } = relay;
+        if receiving.stage == ReceivingStage::Withdrawing {
+            return Next::AskThenForget(Call::Release);
+        }
+        if lent.stage != LentStage::Releasing {
+            return self.receiving(receiving);
+        }
+        self.fenced_handle()
+            .or_else(|| self.unexported(lent))
+            .or_else(|| self.handle_leaving())
+            .or_else(|| self.dismantled(receiving))
+            .unwrap_or(Next::DoThen(Step::RetireAll, Event::Retired))
     }
 
     fn releasing(&self, lent: &Lent) -> Next {
@@ -384,11 +424,12 @@ impl Plan<'_> {
             .unwrap_or(Next::Forget(vec![Step::RetireAll]))
     }
 
-    /// The device below the export, then the export.
-    fn exported(&self, lent: &Lent, data: &Lv) -> Option<Next> {
-        let table = self.table(Target::ReadOnly { device: data.device });
-        let below = self.seen.export.as_ref().and_then(|device| device.table.as_ref());
-        if below != Some(&table) {
+    /// The device below the export, then the export. The former is only ever
+    /// reloaded: what the borrower is connected to stays.
+    fn exported(&self, lent: &Lent, below: DevNo) -> Option<Next> {
+        let table = self.table(Target::ReadOnly { device: below });
+        let live = self.seen.export.as_ref().and_then(|device| device.table.as_ref());
+        if live != Some(&table) {
             return Some(one(Step::Set(Role::Export, table)));
         }
         (self.seen.published != Presence::Complete).then(|| {
@@ -444,7 +485,8 @@ impl Plan<'_> {
                 let Some(data) = &self.seen.data else { return Next::Wait(Wait::Pool) };
                 match stage {
                     S::Collapsing => self
-                        .handle(&self.on_data(data), Self::set_handle)
+                        .top(&self.on_data(data), Self::set_handle)
+                        .or_else(|| self.handed_on(data.device))
                         .unwrap_or(Next::DoThen(Step::Flush(data.device), Event::Collapsed)),
                     S::Parting => self.parting(receiving, data),
                     _ => match &self.seen.meta {
@@ -454,6 +496,11 @@ impl Plan<'_> {
                 }
             }
         }
+    }
+
+    /// As [`Plan::handed_over`], for a copy that may or may not be lent.
+    fn handed_on(&self, below: DevNo) -> Option<Next> {
+        self.record.lent().and_then(|lent| self.handed_over(lent, below))
     }
 
     fn failed(&self, failure: &Failure) -> Next {
@@ -513,7 +560,7 @@ impl Plan<'_> {
             S::Hydrating => {
                 let device = clone.number;
                 let table = self.table(Target::Linear { device, offset: Sectors(0) });
-                self.handle(&table, Step::OpenHandle)
+                self.top(&table, Step::OpenHandle).or_else(|| self.handed_on(device))
             }
             _ => self.handle(&self.table(Target::Hold { device: clone.number }), Self::set_handle),
         };
@@ -624,15 +671,16 @@ impl Plan<'_> {
         let import = &self.seen.import;
         let reachable = import.live && import.namespace.is_some() && !self.seen.path_failed;
         let tuning = &self.record.tuning;
-        let wanted = reachable && !tuning.paused && !self.seen.resting;
+        // Once another node has taken over, what is copied here is copied twice.
+        let closed = self.record.lent().is_some_and(|lent| lent.stage.is_closed());
+        let wanted = reachable && !tuning.paused && !self.seen.resting && !closed;
         if enabled && !wanted {
             return one(Step::Hydrate(false));
         }
         if hydrated < total && !reachable {
             return Next::Wait(Wait::Source);
         }
-        // What was read before the fence may have stayed in the page cache. Not
-        // while the source is away: writing back may have to wait for it.
+        // What was read before the fence may have stayed in the page cache.
         if let Some(handle) = &self.seen.handle
             && !self.seen.cache_dropped
         {
@@ -640,6 +688,9 @@ impl Plan<'_> {
         }
         if hydrated == total {
             return Next::DoThen(Step::Commit, Event::Committed);
+        }
+        if closed {
+            return Next::Wait(Wait::Peer);
         }
         if self.seen.tuned != Some((tuning.threshold, tuning.batch)) {
             return one(Step::Tune { threshold: tuning.threshold, batch: tuning.batch });
@@ -655,7 +706,9 @@ impl Plan<'_> {
     }
 
     fn parting(&self, receiving: &Receiving, data: &Lv) -> Next {
-        if let Some(next) = self.handle(&self.on_data(data), Self::set_handle) {
+        let above =
+            self.top(&self.on_data(data), Self::set_handle).or_else(|| self.handed_on(data.device));
+        if let Some(next) = above {
             return next;
         }
         if self.seen.clone.is_some() {
@@ -674,23 +727,33 @@ impl Plan<'_> {
     }
 
     fn aborting(&self, receiving: &Receiving) -> Next {
-        let error = self.table(Target::Error);
         // Reads that wait for a source would keep the seal from closing.
-        if self.seen.import.connected || self.src_queues() {
-            return one(Step::CutSource(receiving.source.export.clone()));
+        if let Some(next) = self.source_cut(receiving) {
+            return next;
         }
+        let error = self.table(Target::Error);
         let open = |device: &Option<Device>| {
             device.as_ref().is_some_and(|device| device.table.as_ref() != Some(&error))
         };
         if open(&self.seen.clone) || open(&self.seen.handle) {
             return one(Step::Seal(error));
         }
-        if self.seen.clone.is_some() {
-            return one(Step::Remove(Role::Clone));
-        }
-        if self.seen.src.is_some() {
-            return one(Step::Remove(Role::Src));
-        }
-        self.handle_leaving().unwrap_or(Next::DoThen(Step::RetireAll, Event::Retired))
+        self.dismantled(receiving)
+            .or_else(|| self.handle_leaving())
+            .unwrap_or(Next::DoThen(Step::RetireAll, Event::Retired))
+    }
+
+    /// Nothing waits for the source any more, and nothing comes from it.
+    fn source_cut(&self, receiving: &Receiving) -> Option<Next> {
+        let open = self.seen.import.connected || self.src_queues();
+        open.then(|| one(Step::CutSource(receiving.source.export.clone())))
+    }
+
+    /// Everything between the data LV and the source is gone.
+    fn dismantled(&self, receiving: &Receiving) -> Option<Next> {
+        let gone = |there: &Option<Device>, role| there.as_ref().map(|_| one(Step::Remove(role)));
+        self.source_cut(receiving)
+            .or_else(|| gone(&self.seen.clone, Role::Clone))
+            .or_else(|| gone(&self.seen.src, Role::Src))
     }
 }

@@ -13,11 +13,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use uuid::Uuid;
 
 use crate::{
-    name::{DmName, Generation, Role, VolumeId},
+    name::{DM_UUID_PREFIX, Role, VolumeId},
     plan::{self, Device, Import, Presence, Seen, Step},
     table::{CloneStatus, Table, Target},
     units::{DevNo, Sectors},
-    volume::{Event, Phase, Record},
+    volume::{Event, Record},
 };
 
 /// Regions of a simulated volume; each holds one value, 0 when blank.
@@ -98,6 +98,16 @@ impl Mapped {
             leaving: self.leaving,
         }
     }
+}
+
+/// The volume whose handle has this UUID.
+fn handle_of(uuid: &str) -> Option<&str> {
+    let (volume, generation) = uuid.rsplit_once("-g")?;
+    generation.bytes().all(|byte| byte.is_ascii_digit()).then_some(volume)
+}
+
+fn is_handle(uuid: &str, id: VolumeId) -> bool {
+    handle_of(uuid) == Some(&format!("{DM_UUID_PREFIX}{id}"))
 }
 
 /// One node's kernel and disks.
@@ -245,7 +255,7 @@ impl World {
 
     /// Reads a region of a device by its name under `/dev/mapper`.
     pub fn read_handle(&mut self, node: usize, record: &Record, region: usize) -> Io<u64> {
-        let name = plan::dm_name(record, Role::Handle).name;
+        let name = plan::dm_name(record, Role::Handle).uuid;
         let Some(mapped) = self.nodes[node].mapped.get(&name) else { return Io::Failed };
         let outcome = self.read(node, mapped.number, region);
         if outcome == Io::Waits {
@@ -285,7 +295,7 @@ impl World {
         region: usize,
         value: u64,
     ) -> Io<()> {
-        let name = plan::dm_name(record, Role::Handle).name;
+        let name = plan::dm_name(record, Role::Handle).uuid;
         match self.nodes[node].mapped.get(&name) {
             Some(mapped) => self.write(node, mapped.number, region, value),
             None => Io::Failed,
@@ -294,7 +304,7 @@ impl World {
 
     /// Flushes the handle: everything acknowledged before is on stable storage.
     pub fn flush_handle(&mut self, node: usize, record: &Record) -> Io<()> {
-        let name = plan::dm_name(record, Role::Handle).name;
+        let name = plan::dm_name(record, Role::Handle).uuid;
         match self.nodes[node].mapped.get(&name) {
             Some(mapped) => self.flush(node, mapped.number),
             None => Io::Failed,
@@ -303,7 +313,7 @@ impl World {
 
     /// Opens or closes the handle for a consumer.
     pub fn set_users(&mut self, node: usize, record: &Record, users: u32) {
-        let name = plan::dm_name(record, Role::Handle).name;
+        let name = plan::dm_name(record, Role::Handle).uuid;
         if let Some(mapped) = self.nodes[node].mapped.get_mut(&name) {
             mapped.users = users;
             if users == 0 && mapped.leaving {
@@ -312,10 +322,17 @@ impl World {
         }
     }
 
+    /// Every consumer of a node closes what it has open.
+    pub fn close_all(&mut self, node: usize) {
+        let mapped = &mut self.nodes[node].mapped;
+        mapped.values_mut().for_each(|mapped| mapped.users = 0);
+        mapped.retain(|_, mapped| !mapped.leaving);
+    }
+
     /// The handle of a volume, whatever its record says.
     pub fn handle(&self, node: usize, id: VolumeId) -> Option<Device> {
-        let name = DmName::new(id, Generation::FIRST, Role::Handle).name;
-        self.nodes[node].mapped.get(&name).map(Mapped::seen)
+        let here = &self.nodes[node].mapped;
+        here.iter().find(|(uuid, _)| is_handle(uuid, id)).map(|(_, mapped)| mapped.seen())
     }
 
     /// Names of all devices of a node but those that go with their last user.
@@ -326,7 +343,7 @@ impl World {
 
     /// Commits the clone's metadata.
     pub fn commit(&mut self, node: usize, record: &Record) {
-        let clone = self.nodes[node].mapped.get(&plan::dm_name(record, Role::Clone).name);
+        let clone = self.nodes[node].mapped.get(&plan::dm_name(record, Role::Clone).uuid);
         let target = clone.and_then(|clone| match clone.live.as_ref()?.target {
             Target::Clone { meta, dest, .. } => Some((clone.number, meta, dest)),
             _ => None,
@@ -338,7 +355,7 @@ impl World {
 
     /// Whether the handle exists.
     pub fn has_handle(&self, node: usize, record: &Record) -> bool {
-        self.nodes[node].mapped.contains_key(&plan::dm_name(record, Role::Handle).name)
+        self.nodes[node].mapped.contains_key(&plan::dm_name(record, Role::Handle).uuid)
     }
 
     fn mapped_by(&self, node: usize, number: DevNo) -> Option<(&String, &Mapped)> {
@@ -509,13 +526,13 @@ impl World {
             let lv = here.lvs.get(name).filter(|lv| lv.active)?;
             Some(plan::Lv { device: lv.number, length: lv.length })
         };
-        let device = |role| here.mapped.get(&plan::dm_name(record, role).name).map(Mapped::seen);
-        let clone = here.mapped.get(&plan::dm_name(record, Role::Clone).name);
+        let device = |role| here.mapped.get(&plan::dm_name(record, role).uuid).map(Mapped::seen);
+        let clone = here.mapped.get(&plan::dm_name(record, Role::Clone).uuid);
         let is_clone = |mapped: &&Mapped| {
             matches!(mapped.live, Some(Table { target: Target::Clone { .. }, .. }))
         };
         let clone = clone.filter(is_clone);
-        let handle = here.mapped.get(&plan::dm_name(record, Role::Handle).name);
+        let handle = here.mapped.get(&plan::dm_name(record, Role::Handle).uuid);
         let receiving = record.receiving();
         let import = receiving.map_or_else(Import::default, |receiving| {
             let nqn = &receiving.source.export.subsystem_nqn;
@@ -526,8 +543,8 @@ impl World {
                 live: namespace.is_some() && self.reached(nqn).is_some(),
             }
         });
-        let published = match &record.phase {
-            Phase::Lent(lent) if here.exports.contains_key(&lent.export.subsystem_nqn) => {
+        let published = match record.lent() {
+            Some(lent) if here.exports.contains_key(&lent.export.subsystem_nqn) => {
                 Presence::Complete
             }
             _ => Presence::Absent,
@@ -606,7 +623,7 @@ impl World {
     }
 
     fn apply_device(&mut self, node: usize, record: &Record, step: &Step) -> Result<(), Fault> {
-        let name = |role| plan::dm_name(record, role).name;
+        let name = |role| plan::dm_name(record, role).uuid;
         match step {
             Step::Set(role, table) => self.set(node, &name(*role), table)?,
             Step::OpenHandle(table) | Step::FenceHandle(table) => {
@@ -737,6 +754,11 @@ impl World {
             }
         }
         if !self.nodes[node].mapped.contains_key(name) {
+            let taken =
+                |other: &&String| handle_of(other).is_some_and(|of| handle_of(name) == Some(of));
+            if self.nodes[node].mapped.keys().any(|other| taken(&other)) {
+                return Err(Fault::Refused(format!("the name of {name} is taken")));
+            }
             self.act()?;
             let number = self.free_number(node);
             let fresh = Mapped {

@@ -12,6 +12,9 @@
 //!                 └───────────┴───────────┴─► Aborting ◄ Held, Refused   Collapsing
 //!                                                 ▼                           ▼
 //!                                            Withdrawing ─► gone           Parting ─► Local
+//!
+//! Relaying: a copy that is received and lent at once; each side goes its own way
+//!           until one of them ends (► Lent, ► Receiving) or both do (► gone).
 //! ```
 //!
 //! The record is the intent: it is written before anything is done, and
@@ -75,6 +78,8 @@ pub enum Phase {
     Lent(Lent),
     /// Being built from a peer's export, or copying from it.
     Receiving(Box<Receiving>),
+    /// Copying from one peer, and offered or handed over to another.
+    Relaying(Box<Relay>),
     /// On its way out, on a caller's word.
     Deleting,
 }
@@ -106,6 +111,16 @@ pub struct Lent {
     pub export: ExportName,
     /// How far the hand-over is.
     pub stage: LentStage,
+}
+
+/// The middle of a chain of moves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Relay {
+    /// Where the data comes from.
+    pub receiving: Receiving,
+    /// Where it goes on to.
+    pub lent: Lent,
 }
 
 /// Identity of an export; random per grant and never used again, so that a
@@ -175,6 +190,9 @@ pub struct Source {
     pub generation: Generation,
     /// Whether the source stays writable until it is fenced.
     pub hold: bool,
+    /// How many copies are read through, the source's included: 1 for a source
+    /// that has everything itself.
+    pub depth: u32,
     /// How to connect.
     pub export: ExportName,
 }
@@ -210,7 +228,36 @@ pub enum ReceivingStage {
     Withdrawing,
 }
 
+impl LentStage {
+    /// Whether nobody on this node may write any more, or soon.
+    pub const fn is_closed(self) -> bool {
+        match self {
+            Self::Fencing | Self::Fenced | Self::Releasing => true,
+            Self::Published | Self::Revoking => false,
+        }
+    }
+
+    /// Where an event leads; `None` when it cannot happen here. The end of a
+    /// revocation is the record's business.
+    const fn after(self, event: &Event) -> Option<Self> {
+        Some(match (self, event) {
+            (Self::Published | Self::Fencing, Event::FenceAsked) => Self::Fencing,
+            (Self::Fencing, Event::Fenced) => Self::Fenced,
+            (Self::Fenced, Event::FenceAsked | Event::Fenced) => Self::Fenced,
+            (Self::Published | Self::Revoking, Event::RevokeAsked) => Self::Revoking,
+            (Self::Fenced | Self::Releasing, Event::ReleaseAsked) => Self::Releasing,
+            _ => return None,
+        })
+    }
+}
+
 impl ReceivingStage {
+    /// Whether the source has answered that it is fenced: this copy is the
+    /// volume, and may be handed on.
+    pub const fn is_owner(self) -> bool {
+        matches!(self, Self::Hydrating | Self::Collapsing | Self::Parting)
+    }
+
     /// Whether the source has been asked for the fence, and may have answered.
     pub const fn is_taken(self) -> bool {
         match self {
@@ -301,6 +348,62 @@ pub struct IllegalTransition {
     event: Box<Event>,
 }
 
+impl Receiving {
+    /// Where an event leads: the data LV's UUID, where it tells one, and whether
+    /// it can happen here at all. The end of the move is the record's business.
+    fn after(&mut self, event: Event) -> (Option<String>, Option<()>) {
+        use ReceivingStage as S;
+        let mut made = None;
+        self.stage = match (self.stage, event) {
+            (S::Allocating, Event::Allocated { data, meta: Some(meta) }) => {
+                made = Some(data);
+                self.meta = Some(meta);
+                S::Zeroing
+            }
+            (S::Zeroing, Event::Zeroed) => S::Assembling,
+            (S::Assembling, Event::Armed) if self.source.hold => S::Held,
+            (S::Assembling, Event::Armed) => S::Switching,
+            (S::Held | S::Refused | S::Switching, Event::SwitchAsked) => S::Switching,
+            (S::Switching, Event::SourceFenced) => S::Hydrating,
+            (S::Switching, Event::SourceRefused) if self.source.hold => S::Refused,
+            // Nobody was given the device.
+            (S::Switching, Event::SourceRefused) => S::Aborting,
+            (S::Hydrating, Event::Floor(floor)) => {
+                self.floor = self.floor.max(floor);
+                S::Hydrating
+            }
+            (S::Hydrating, Event::Committed) => S::Collapsing,
+            (S::Collapsing, Event::Collapsed) => S::Parting,
+            (S::Parting, Event::MetaRetired) => {
+                self.meta = None;
+                S::Parting
+            }
+            (
+                S::Allocating | S::Zeroing | S::Assembling | S::Held | S::Refused | S::Aborting,
+                Event::AbortAsked,
+            ) => {
+                // Nothing of it is needed any more, whatever it was.
+                self.failure = None;
+                S::Aborting
+            }
+            (S::Aborting, Event::Retired) => S::Withdrawing,
+            (
+                stage @ (S::Held | S::Refused | S::Switching | S::Hydrating),
+                Event::Failed(failure),
+            ) => {
+                self.failure = Some(failure);
+                stage
+            }
+            (stage, Event::Rebooted) => {
+                self.failure = None;
+                stage
+            }
+            _ => return (None, None),
+        };
+        (made, Some(()))
+    }
+}
+
 impl Record {
     /// The only place where a phase changes. An event may be repeated (a crash
     /// came between the act and the journal), never skipped.
@@ -325,81 +428,53 @@ impl Record {
                     self.size = size;
                 }
             }
-            (Phase::Local | Phase::Lent(_), Event::Confirmed(boot)) => {
+            (
+                Phase::Local | Phase::Lent(_) | Phase::Receiving(_) | Phase::Relaying(_),
+                Event::Confirmed(boot),
+            ) => {
                 self.confirmed_in = Some(boot);
             }
+            (Phase::Lent(lent), Event::Revoked) if lent.stage == LentStage::Revoking => {
+                self.phase = Phase::Local;
+            }
             (Phase::Lent(lent), event) => {
-                use LentStage as S;
-                lent.stage = match (lent.stage, event) {
-                    (S::Published | S::Fencing, Event::FenceAsked) => S::Fencing,
-                    (S::Fencing, Event::Fenced) => S::Fenced,
-                    (S::Fenced, Event::FenceAsked | Event::Fenced) => S::Fenced,
-                    (S::Published | S::Revoking, Event::RevokeAsked) => S::Revoking,
-                    (S::Fenced | S::Releasing, Event::ReleaseAsked) => S::Releasing,
-                    (S::Revoking, Event::Revoked) => {
-                        self.phase = Phase::Local;
-                        return Ok(self);
-                    }
-                    _ => return Err(illegal),
-                };
+                lent.stage = lent.stage.after(&event).ok_or(illegal)?;
+            }
+            (Phase::Receiving(receiving), Event::SourceReleased)
+                if receiving.stage == ReceivingStage::Parting =>
+            {
+                self.phase = Phase::Local;
             }
             (Phase::Receiving(receiving), event) => {
-                use ReceivingStage as S;
-                receiving.stage = match (receiving.stage, event) {
-                    (S::Allocating, Event::Allocated { data, meta: Some(meta) }) => {
-                        self.data = Some(data);
-                        receiving.meta = Some(meta);
-                        S::Zeroing
+                let (data, done) = receiving.after(event);
+                self.data = data.or(self.data);
+                done.ok_or(illegal)?;
+            }
+            (Phase::Relaying(relay), event) => {
+                let (receiving, lent) = (&mut relay.receiving, &mut relay.lent);
+                match event {
+                    Event::Revoked if lent.stage == LentStage::Revoking => {
+                        self.phase = Phase::Receiving(Box::new(receiving.clone()));
                     }
-                    (S::Zeroing, Event::Zeroed) => S::Assembling,
-                    (S::Assembling, Event::Armed) if receiving.source.hold => S::Held,
-                    (S::Assembling, Event::Armed) => S::Switching,
-                    (S::Held | S::Refused | S::Switching, Event::SwitchAsked) => S::Switching,
-                    (S::Switching, Event::SourceFenced) => S::Hydrating,
-                    (S::Switching, Event::SourceRefused) if receiving.source.hold => S::Refused,
-                    // Nobody was given the device.
-                    (S::Switching, Event::SourceRefused) => S::Aborting,
-                    (S::Hydrating, Event::Floor(floor)) => {
-                        receiving.floor = receiving.floor.max(floor);
-                        S::Hydrating
+                    Event::SourceReleased
+                        if receiving.stage == ReceivingStage::Parting
+                            && lent.stage != LentStage::Releasing =>
+                    {
+                        self.phase = Phase::Lent(lent.clone());
                     }
-                    (S::Hydrating, Event::Committed) => S::Collapsing,
-                    (S::Collapsing, Event::Collapsed) => S::Parting,
-                    (S::Parting, Event::MetaRetired) => {
-                        receiving.meta = None;
-                        S::Parting
+                    // The next holder has everything: both sides end.
+                    Event::Retired if lent.stage == LentStage::Releasing => {
+                        receiving.stage = ReceivingStage::Withdrawing;
                     }
-                    (S::Parting, Event::SourceReleased) => {
-                        self.phase = Phase::Local;
-                        return Ok(self);
+                    Event::FenceAsked
+                    | Event::Fenced
+                    | Event::RevokeAsked
+                    | Event::Revoked
+                    | Event::ReleaseAsked => {
+                        lent.stage = lent.stage.after(&event).ok_or(illegal)?;
                     }
-                    (
-                        S::Allocating
-                        | S::Zeroing
-                        | S::Assembling
-                        | S::Held
-                        | S::Refused
-                        | S::Aborting,
-                        Event::AbortAsked,
-                    ) => {
-                        // Nothing of it is needed any more, whatever it was.
-                        receiving.failure = None;
-                        S::Aborting
-                    }
-                    (S::Aborting, Event::Retired) => S::Withdrawing,
-                    (
-                        stage @ (S::Held | S::Refused | S::Switching | S::Hydrating),
-                        Event::Failed(failure),
-                    ) => {
-                        receiving.failure = Some(failure);
-                        stage
-                    }
-                    (stage, Event::Rebooted) => {
-                        receiving.failure = None;
-                        stage
-                    }
-                    _ => return Err(illegal),
-                };
+                    event => receiving.after(event).1.ok_or(illegal)?,
+                }
             }
             _ => return Err(illegal),
         }
@@ -410,6 +485,7 @@ impl Record {
     pub fn lent(&self) -> Option<&Lent> {
         match &self.phase {
             Phase::Lent(lent) => Some(lent),
+            Phase::Relaying(relay) => Some(&relay.lent),
             Phase::Creating | Phase::Local | Phase::Receiving(_) | Phase::Deleting => None,
         }
     }
@@ -418,6 +494,7 @@ impl Record {
     pub fn receiving(&self) -> Option<&Receiving> {
         match &self.phase {
             Phase::Receiving(receiving) => Some(receiving),
+            Phase::Relaying(relay) => Some(&relay.receiving),
             Phase::Creating | Phase::Local | Phase::Lent(_) | Phase::Deleting => None,
         }
     }
@@ -425,9 +502,15 @@ impl Record {
     /// Whether this node has taken the right to write by `grant`, or may have:
     /// from the moment at which the source is asked for the fence.
     pub fn has_taken(&self, grant: Uuid) -> bool {
-        match self.receiving() {
-            Some(receiving) => receiving.source.grant == grant && receiving.stage.is_taken(),
-            None => self.came_by == Some(grant),
+        match &self.phase {
+            Phase::Receiving(receiving) => {
+                receiving.source.grant == grant && receiving.stage.is_taken()
+            }
+            Phase::Creating
+            | Phase::Local
+            | Phase::Lent(_)
+            | Phase::Relaying(_)
+            | Phase::Deleting => self.came_by == Some(grant),
         }
     }
 
@@ -442,9 +525,13 @@ impl Record {
     pub fn epitaphs(&self) -> Vec<Tombstone> {
         let stone =
             |grant, fate| Tombstone { volume: self.id, incarnation: self.incarnation, grant, fate };
-        let arrival = match self.receiving() {
-            Some(receiving) => Some(stone(receiving.source.grant, Fate::Aborted)),
-            None => self.came_by.map(|grant| stone(grant, Fate::Taken)),
+        let arrival = match &self.phase {
+            Phase::Receiving(receiving) => Some(stone(receiving.source.grant, Fate::Aborted)),
+            Phase::Creating
+            | Phase::Local
+            | Phase::Lent(_)
+            | Phase::Relaying(_)
+            | Phase::Deleting => self.came_by.map(|grant| stone(grant, Fate::Taken)),
         };
         let departure = self.lent().map(|lent| stone(lent.to.grant, Fate::Released));
         arrival.into_iter().chain(departure).collect()

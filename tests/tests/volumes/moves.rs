@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 
-use crate::bed::{Bed, LATER, SOON, Volume, ctl, refusal, refused, until};
+use crate::bed::{Bed, LATER, SOON, Volume, ctl, kill_agent, refusal, refused, until};
 
 pub fn a_volume_moves_while_it_is_written(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
@@ -179,6 +179,7 @@ pub fn what_a_page_cache_holds_at_the_source_arrives(bed: &Bed) -> Result<()> {
     // Through the page cache, and not closed: closing would write it back.
     let writes = format!(
         "dd if=/dev/urandom of=/root/data bs=1M count=8 status=none
+        sync /root/data
         exec 3<>{}
         cat /root/data >&3
         echo written
@@ -295,4 +296,49 @@ pub fn no_host_looks_into_a_volume(bed: &Bed) -> Result<()> {
     }
     volume.finish_move(a, b)?;
     volume.delete(b)
+}
+
+pub fn a_volume_returns_before_it_has_arrived(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    volume.write(a, "--count 50")?.stop(a)?;
+    volume.carry_state(a, b)?;
+    volume.move_slowly(a, b)?;
+    let writer = volume.write(b, "--rate 8")?;
+    writer.progress()?;
+
+    // What was handed over keeps its device until somebody lets go of it.
+    refused(b, &volume.move_line(b, a, "--hold"), "HANDLE_IN_USE")?;
+    ctl(a, &format!("volume detach {}", volume.id))?;
+    volume.start_move(b, a, "--hold --wait")?;
+    writer.progress()?;
+    writer.stop(b)?;
+    volume.carry_state(b, a)?;
+    // What b lacks comes from a's own old copy, by way of b.
+    volume.verify(a)?;
+    volume.slow_down(a)?;
+    let writer = volume.write(a, "--rate 8")?;
+    writer.wait_for_first_write()?;
+    let middle = volume.status(b)?.context("the middle of the chain is gone")?;
+    ensure!(middle["state"] == "fenced" && middle["peer_node"] == "node-a", "{middle}");
+    let copies = ctl(a, "status")?;
+    let states: Vec<_> = copies.as_array().into_iter().flatten().map(|c| &c["state"]).collect();
+    ensure!(states == ["fenced", "hydrating"], "{copies}");
+
+    for node in [b, a] {
+        kill_agent(node)?;
+        writer.progress()?;
+    }
+    volume.finish_move(b, a)?;
+    until("the old copy to go", SOON, || {
+        let copies = ctl(a, "status")?;
+        let alone = copies.as_array().is_some_and(|copies| copies.len() == 1);
+        Ok(if alone { Ok(()) } else { Err(copies.to_string()) })
+    })?;
+    writer.progress()?;
+    writer.stop(a)?;
+    volume.verify(a)?;
+    let back = volume.status(a)?.context("the volume is not there")?;
+    ensure!(back["generation"] == 3 && back["state"] == "local", "{back}");
+    volume.delete(a)
 }

@@ -130,7 +130,7 @@ pub fn requests_during_a_move_change_nothing(bed: &Bed) -> Result<()> {
     let hydrating = [
         ("volume abort ID", "GRANT_FENCED"),
         ("volume delete ID", "VOLUME_MOVING"),
-        (back, "VOLUME_MOVING"),
+        (back, "HANDLE_IN_USE"),
     ];
     all_refused(b, &volume, &hydrating)?;
     // Repeating is not refused.

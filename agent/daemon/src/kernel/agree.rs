@@ -311,8 +311,13 @@ impl Story<'_> {
             port: 4420,
         };
         let host_nqn = format!("{NQN_PREFIX}{HOST}");
-        let request =
-            GrantRequest { to: to.clone(), host_nqn, hold: true, export: Some(export.clone()) };
+        let request = GrantRequest {
+            to: to.clone(),
+            host_nqn,
+            hold: true,
+            export: Some(export.clone()),
+            max_depth: 1,
+        };
         let source = granted(admit::grant(&source, request, "a", boot, None), &source);
         let source = self.drive(source).unwrap();
         self.tell("fence");
@@ -336,10 +341,11 @@ impl Story<'_> {
                 endpoint: "https://a:7450".to_owned(),
                 generation: source.generation,
                 hold: true,
+                depth: 1,
                 export,
             },
         };
-        let begun = admit::receive(None, offer, &pool, None, "b", None).unwrap();
+        let begun = admit::receive(None, None, offer, &pool, None, "b", None).unwrap();
         let Admitted::Journal(copy) = begun else { panic!("a new copy") };
         assert_eq!(copy.receiving().unwrap().region, REGION, "the story's regions");
         let copy = self.drive(*copy).unwrap();

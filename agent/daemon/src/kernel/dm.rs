@@ -321,11 +321,16 @@ impl Dm {
     /// # Errors
     /// [`io::ErrorKind::ResourceBusy`] if it stays open.
     pub fn remove(&self, name: &DmName, how: Remove) -> io::Result<()> {
-        let device = self.device(name)?;
+        let Some(device) = self.device(name)? else {
+            // A link that is left over; not that of another copy's handle.
+            return match self.by_name(&name.name)? {
+                Some(_) => Ok(()),
+                None => unlink(name).map(drop),
+            };
+        };
         // First the link, then the device: a link that outlives its device would
         // soon lead to another one.
         let linked = unlink(name)?;
-        let Some(device) = device else { return Ok(()) };
         self.remove_open(name, how).map_err(|error| {
             let udev = if linked { Udev::Linked } else { Udev::Hidden };
             with_undo(error, link(name, device.number, udev))

@@ -1,6 +1,9 @@
 //! The simulated kernel behind the daemon's seam.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use dmlocal_model::{
     name::VolumeId,
@@ -12,7 +15,7 @@ use dmlocal_model::{
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use super::{Kernel, PoolFacts, StepError};
+use super::{Kernel, PoolFacts, PoolUsage, StepError};
 
 /// One node of a simulated world.
 pub(crate) struct FakeKernel {
@@ -75,9 +78,13 @@ impl Kernel for FakeKernel {
     }
 
     #[expect(clippy::cast_precision_loss, reason = "a share")]
-    fn pool_usage(&self, _: &str) -> Result<f64, StepError> {
+    fn pool_usage(&self, _: &str) -> Result<PoolUsage, StepError> {
         let pool = self.pool.as_ref().ok_or_else(|| StepError::Failed("no pool".to_owned()))?;
-        Ok(pool.used as f64 / pool.size as f64)
+        Ok(PoolUsage { data: pool.used as f64 / pool.size as f64, metadata: 0.0 })
+    }
+
+    fn port_is_free(&self, _: IpAddr, _: u16) -> bool {
+        true
     }
 
     fn ours(&self) -> Result<Vec<String>, StepError> {

@@ -19,6 +19,8 @@ pub mod nvmet;
 mod on_node;
 pub mod real;
 
+use std::net::IpAddr;
+
 use dmlocal_model::{
     name::VolumeId,
     plan::{Device, Seen, Step},
@@ -65,6 +67,22 @@ pub struct PoolFacts {
     pub errors_when_full: bool,
 }
 
+/// Shares of a thin pool in use, 0 to 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PoolUsage {
+    /// Of its data blocks.
+    pub data: f64,
+    /// Of its own metadata.
+    pub metadata: f64,
+}
+
+impl PoolUsage {
+    /// Of what is scarcer.
+    pub const fn scarcest(self) -> f64 {
+        self.data.max(self.metadata)
+    }
+}
+
 /// The kernel and LVM, as far as dmlocal uses them. Calls block; they are made
 /// from blocking tasks.
 pub trait Kernel: Send + Sync + 'static {
@@ -93,11 +111,14 @@ pub trait Kernel: Send + Sync + 'static {
     /// LVM cannot be asked.
     fn pool(&self, name: &str) -> Result<Option<PoolFacts>, StepError>;
 
-    /// Share of a pool's data in use, 0 to 1, without asking LVM.
+    /// How much of a pool is in use, without asking LVM.
     ///
     /// # Errors
     /// The pool is not active.
-    fn pool_usage(&self, name: &str) -> Result<f64, StepError>;
+    fn pool_usage(&self, name: &str) -> Result<PoolUsage, StepError>;
+
+    /// Whether nobody listens on a TCP port.
+    fn port_is_free(&self, address: IpAddr, port: u16) -> bool;
 
     /// Names of all devices and exports of ours, whether the journal knows them
     /// or not; a handle that goes with its last user is not among them.

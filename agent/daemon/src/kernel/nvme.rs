@@ -10,10 +10,12 @@
 //! hidden; without, the namespace is the controller's.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, OpenOptions},
     io::{self, Write as _},
     net::IpAddr,
     path::Path,
+    sync::{Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -193,13 +195,14 @@ fn is_gone(error: &io::Error) -> bool {
 ///
 /// # Errors
 /// [`io::ErrorKind::TimedOut`] if the peer does not answer or the namespace does
-/// not appear before the deadline. A controller that was made in time stays, and
-/// so may be found by the next attempt; one that is made too late goes.
+/// not appear before the deadline. A controller that was made stays, and so may
+/// be found by the next attempt, unless it is [`unwanted`] by then.
 pub fn connect(import: &Import, deadline: Duration) -> io::Result<()> {
     let end = Instant::now() + deadline;
     if controllers(Path::new(SYS), &import.nqn)?.is_empty() {
         let options = options(import)?;
         let (nqn, abandoned) = (import.nqn.clone(), import.nqn.clone());
+        pending().insert(nqn.clone(), true);
         let written = interruptible(
             deadline,
             move || {
@@ -209,14 +212,18 @@ pub fn connect(import: &Import, deadline: Duration) -> io::Result<()> {
                 // interrupted one.
                 nix::unistd::write(&file, options.as_bytes()).map_err(io::Error::from)
             },
-            // Nobody waits for this controller any more, and the move may be over:
-            // one that nobody knows would try to reconnect for ever.
+            // Nobody waits for this controller any more. The next attempt may use it;
+            // but when the move is over, it would try to reconnect for ever.
             move |late| {
-                if late.is_ok() {
+                let wanted = pending().remove(&abandoned);
+                if late.is_ok() && wanted == Some(false) {
                     let _ = disconnect(&abandoned, LATE);
                 }
             },
         );
+        if !written.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut) {
+            pending().remove(&nqn);
+        }
         match written {
             Ok(_) => {}
             Err(error) if error.raw_os_error() == Some(Errno::EALREADY as i32) => {}
@@ -233,6 +240,19 @@ pub fn connect(import: &Import, deadline: Duration) -> io::Result<()> {
             return Err(io::Error::new(io::ErrorKind::TimedOut, text));
         }
         thread::sleep(POLL);
+    }
+}
+
+/// Connections that are being made, by NQN, and whether they are still wanted.
+fn pending() -> MutexGuard<'static, BTreeMap<String, bool>> {
+    static PENDING: Mutex<BTreeMap<String, bool>> = Mutex::new(BTreeMap::new());
+    PENDING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The move is over: a connection that is still being made goes at once.
+pub fn unwanted(nqn: &str) {
+    if let Some(wanted) = pending().get_mut(nqn) {
+        *wanted = false;
     }
 }
 

@@ -3,22 +3,23 @@
 use std::{
     collections::BTreeMap,
     fs, io,
+    net::{IpAddr, TcpListener},
     path::PathBuf,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use dmlocal_model::{
-    name::{DmName, LVM_UUID_PREFIX, NQN_PREFIX, Role, VolumeId},
+    name::{LVM_UUID_PREFIX, NQN_PREFIX, Role, VolumeId, handle_name},
     plan::{self, Device, Import, Lv, Presence, Seen, Step},
     table::{CloneStatus, Table, Target},
     units::{DevNo, Sectors},
-    volume::{Event, ExportName, Phase, Record},
+    volume::{Event, ExportName, Record},
 };
 use uuid::Uuid;
 
 use super::{
-    Kernel, PoolFacts, StepError, block,
+    Kernel, PoolFacts, PoolUsage, StepError, block,
     dm::{self, Dm, Remove, Udev},
     exec,
     lvm::{self, LvmError, Vg},
@@ -169,6 +170,9 @@ impl RealKernel {
     /// Removes LVs: those that the journal names by their UUIDs, those that a
     /// crash kept from being journalled by name and tag.
     fn retire(&self, record: &Record, data_too: bool) -> Result<(), StepError> {
+        if let Some(receiving) = record.receiving() {
+            nvme::unwanted(&receiving.source.export.subsystem_nqn);
+        }
         let journalled = record.receiving().and_then(|receiving| receiving.meta.as_ref());
         if let Some(meta) = self.lv(journalled)? {
             block::zero_block0(meta.device)?;
@@ -389,7 +393,12 @@ impl Kernel for RealKernel {
         }))
     }
 
-    fn pool_usage(&self, name: &str) -> Result<f64, StepError> {
+    fn port_is_free(&self, address: IpAddr, port: u16) -> bool {
+        let bound = TcpListener::bind((address, port));
+        !bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse)
+    }
+
+    fn pool_usage(&self, name: &str) -> Result<PoolUsage, StepError> {
         let mut tpool = locked(&self.tpools).get(name).cloned();
         if tpool.is_none() {
             self.pool(name)?;
@@ -397,8 +406,7 @@ impl Kernel for RealKernel {
         }
         let tpool = tpool.ok_or_else(|| StepError::Failed(format!("pool {name} was not seen")))?;
         let status = self.dm.status_text_of(&tpool)?;
-        share_in_use(&status)
-            .ok_or_else(|| StepError::Failed(format!("thin pool status `{status}`")))
+        usage(&status).ok_or_else(|| StepError::Failed(format!("thin pool status `{status}`")))
     }
 
     fn ours(&self) -> Result<Vec<String>, StepError> {
@@ -441,8 +449,8 @@ impl Kernel for RealKernel {
             }
             None => Import::default(),
         };
-        let published = match &record.phase {
-            Phase::Lent(lent) => {
+        let published = match record.lent() {
+            Some(lent) => {
                 let export = self.export(record, &lent.export, &lent.host_nqn)?;
                 let seen = self.nvmet.observe(&export)?;
                 match (seen.serves(), seen == nvmet::Seen::default()) {
@@ -451,9 +459,7 @@ impl Kernel for RealKernel {
                     (false, false) => Presence::Partial,
                 }
             }
-            Phase::Creating | Phase::Local | Phase::Receiving(_) | Phase::Deleting => {
-                Presence::Absent
-            }
+            None => Presence::Absent,
         };
         Ok(Seen {
             boot: self.boot,
@@ -477,8 +483,7 @@ impl Kernel for RealKernel {
     }
 
     fn handle(&self, id: VolumeId) -> Result<Option<Device>, StepError> {
-        let name = DmName::new(id, dmlocal_model::name::Generation::FIRST, Role::Handle);
-        Ok(self.dm.device(&name)?.map(seen))
+        Ok(self.dm.by_name(&handle_name(id))?.map(seen))
     }
 
     fn held(&self, record: &Record) -> Result<u64, StepError> {
@@ -512,10 +517,7 @@ impl Kernel for RealKernel {
             Step::SuspendHandle => self.dm.suspend(&name(Role::Handle), SWAP)?,
             Step::Resume(role) => self.dm.resume(&name(*role))?,
             Step::OpenHandle(table) => self.open_handle(record, table)?,
-            Step::DropCache(device) => {
-                let device = *device;
-                dm::interruptible(WRITE_BACK, move || block::sync_and_drop_cache(device), |_| {})?;
-            }
+            Step::DropCache(device) => block::drop_clean_cache(*device)?,
             Step::BlockDiscards(device) => block::block_discards(*device)?,
             Step::Hydrate(true) => self.message_clone(record, "enable_hydration")?,
             Step::Hydrate(false) => self.message_clone(record, "disable_hydration")?,
@@ -604,20 +606,19 @@ fn held_writes(status: &str) -> Option<u64> {
     Some(writes + flushes)
 }
 
-/// Used blocks over all, of metadata or of data, whichever are scarcer: the
-/// second and the third word of a thin pool's status (drivers/md/dm-thin.c,
-/// `pool_status`).
-fn share_in_use(status: &str) -> Option<f64> {
+/// Used blocks over all, of metadata and of data: the second and the third word of
+/// a thin pool's status (drivers/md/dm-thin.c, `pool_status`).
+fn usage(status: &str) -> Option<PoolUsage> {
     let mut words = status.split_ascii_whitespace().skip(1);
     let mut share = || {
         let (used, total) = words.next()?.split_once('/')?;
         let (used, total): (f64, f64) = (used.parse().ok()?, total.parse().ok()?);
         (total > 0.0).then(|| used / total)
     };
-    Some(share()?.max(share()?))
+    Some(PoolUsage { metadata: share()?, data: share()? })
 }
 
-fn address(export: &ExportName) -> Result<std::net::IpAddr, StepError> {
+fn address(export: &ExportName) -> Result<IpAddr, StepError> {
     export.address.parse().map_err(|_| StepError::Failed(format!("address {}", export.address)))
 }
 
@@ -665,7 +666,7 @@ impl From<LvmError> for StepError {
 
 #[cfg(test)]
 mod test {
-    use super::{held_writes, lv_uuid, share_in_use};
+    use super::{PoolUsage, held_writes, lv_uuid, usage};
 
     #[test]
     fn an_lv_is_named_by_its_own_half_of_the_device_uuid() {
@@ -683,11 +684,11 @@ mod test {
     }
 
     #[test]
-    fn the_share_of_a_thin_pool_is_of_what_is_scarcer() {
+    fn a_thin_pool_tells_how_much_of_it_is_in_use() {
         let status = "1 12/1024 512/16384 - rw no_discard_passdown error_if_no_space - 1024";
-        assert_eq!(share_in_use(status), Some(512.0 / 16384.0));
-        let crumbs = status.replace(" 12/", " 1000/");
-        assert_eq!(share_in_use(&crumbs), Some(1000.0 / 1024.0));
-        assert_eq!(share_in_use("Fail"), None);
+        let seen = PoolUsage { metadata: 12.0 / 1024.0, data: 512.0 / 16384.0 };
+        assert_eq!(usage(status), Some(seen));
+        assert_eq!(seen.scarcest(), seen.data);
+        assert_eq!(usage("Fail"), None);
     }
 }

@@ -97,6 +97,7 @@ pub(super) fn grant(record: &Record, node: &str, endpoint: &str) -> Option<v1::G
         namespace_nguid: lent.export.namespace_nguid.to_string(),
         api_version: API_VERSION,
         oldest_api_version: OLDEST_API_VERSION,
+        depth: record.receiving().map_or(1, |receiving| receiving.source.depth.saturating_add(1)),
     })
 }
 
@@ -142,6 +143,7 @@ pub(super) fn offer(grant: v1::Grant, this_node: &str) -> Result<Offer, ServiceE
             endpoint: endpoint("grant.source_endpoint", &grant.source_endpoint)?,
             generation: Generation(grant.generation),
             hold: grant.hold,
+            depth: grant.depth.max(1),
             export: ExportName {
                 subsystem_nqn: word("grant.subsystem_nqn", &grant.subsystem_nqn)?,
                 namespace_uuid: uuid("grant.namespace_uuid", &grant.namespace_uuid)?,
@@ -155,27 +157,32 @@ pub(super) fn offer(grant: v1::Grant, this_node: &str) -> Result<Offer, ServiceE
 
 fn state(view: &View) -> v1::VolumeState {
     use v1::VolumeState as S;
-    match &view.record.phase {
-        Phase::Creating | Phase::Local => S::Local,
-        Phase::Deleting => S::Releasing,
-        Phase::Lent(lent) => match lent.stage {
-            LentStage::Published | LentStage::Revoking => S::Published,
-            LentStage::Fencing | LentStage::Fenced => S::Fenced,
-            LentStage::Releasing => S::Releasing,
-        },
-        Phase::Receiving(receiving) => match receiving.stage {
-            _ if receiving.failure.is_some() => S::Failed,
-            ReceivingStage::Allocating
-            | ReceivingStage::Zeroing
-            | ReceivingStage::Assembling
-            | ReceivingStage::Held
-            | ReceivingStage::Refused
-            | ReceivingStage::Switching => S::Held,
-            ReceivingStage::Hydrating if view.stalled_since.is_some() => S::Stalled,
-            ReceivingStage::Hydrating => S::Hydrating,
-            ReceivingStage::Collapsing | ReceivingStage::Parting => S::Collapsing,
-            ReceivingStage::Aborting | ReceivingStage::Withdrawing => S::Releasing,
-        },
+    let lent = |stage| match stage {
+        LentStage::Published | LentStage::Revoking => S::Published,
+        LentStage::Fencing | LentStage::Fenced => S::Fenced,
+        LentStage::Releasing => S::Releasing,
+    };
+    let receiving = match &view.record.phase {
+        Phase::Creating | Phase::Local => return S::Local,
+        Phase::Deleting => return S::Releasing,
+        Phase::Lent(to) => return lent(to.stage),
+        Phase::Receiving(receiving) => receiving,
+        Phase::Relaying(relay) if relay.lent.stage.is_closed() => return lent(relay.lent.stage),
+        // As long as this node is its home, what it lacks says more.
+        Phase::Relaying(relay) => &relay.receiving,
+    };
+    match receiving.stage {
+        _ if receiving.failure.is_some() => S::Failed,
+        ReceivingStage::Allocating
+        | ReceivingStage::Zeroing
+        | ReceivingStage::Assembling
+        | ReceivingStage::Held
+        | ReceivingStage::Refused
+        | ReceivingStage::Switching => S::Held,
+        ReceivingStage::Hydrating if view.stalled_since.is_some() => S::Stalled,
+        ReceivingStage::Hydrating => S::Hydrating,
+        ReceivingStage::Collapsing | ReceivingStage::Parting => S::Collapsing,
+        ReceivingStage::Aborting | ReceivingStage::Withdrawing => S::Releasing,
     }
 }
 
@@ -254,6 +261,7 @@ mod test {
     fn grant() -> v1::Grant {
         let uuid = |last: u8| format!("11111111-2222-4333-8444-5555555555{last:02x}");
         v1::Grant {
+            depth: 1,
             id: uuid(1),
             volume_id: uuid(2),
             incarnation: uuid(3),

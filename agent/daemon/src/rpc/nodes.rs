@@ -14,7 +14,10 @@ use super::{
     convert,
     status::status,
 };
-use crate::{reconcile::Volumes, store::JOURNAL_VERSION};
+use crate::{
+    reconcile::{Copy, Volumes},
+    store::JOURNAL_VERSION,
+};
 
 const ANY: [Role; 3] = [Role::Driver, Role::Agent, Role::Operator];
 const ROLES: [Role; 2] = [Role::Driver, Role::Operator];
@@ -114,22 +117,22 @@ async fn watch(
     sender: mpsc::Sender<Result<v1::WatchResponse, Status>>,
 ) {
     let mut changes = volumes.changes();
-    let mut sent: BTreeMap<String, v1::Volume> = BTreeMap::new();
+    let mut sent: BTreeMap<Copy, v1::Volume> = BTreeMap::new();
     loop {
-        let now: BTreeMap<String, v1::Volume> = volumes
+        let now: BTreeMap<Copy, v1::Volume> = volumes
             .views()
             .iter()
             .filter(|view| only.is_none_or(|only| view.record.id == only))
-            .map(|view| (view.record.id.to_string(), convert::volume(view)))
+            .map(|view| ((view.record.id, view.record.generation), convert::volume(view)))
             .collect();
         let gone: Vec<v1::Volume> = sent
             .iter()
-            .filter(|(id, _)| !now.contains_key(*id))
+            .filter(|(copy, _)| !now.contains_key(copy))
             .map(|(_, volume)| volume.clone())
             .collect();
         let changed: Vec<v1::Volume> = now
             .iter()
-            .filter(|(id, volume)| sent.get(*id) != Some(volume))
+            .filter(|(copy, volume)| sent.get(copy) != Some(volume))
             .map(|(_, volume)| volume.clone())
             .collect();
         let news = gone

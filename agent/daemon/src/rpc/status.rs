@@ -81,6 +81,7 @@ const fn refusal_code(refusal: &Refusal) -> Code {
         | Refusal::SettingOutOfRange { .. }
         | Refusal::MoveToSelf(_) => Code::InvalidArgument,
         Refusal::NoRoom { .. } | Refusal::PortsExhausted => Code::ResourceExhausted,
+        Refusal::ChainTooDeep { .. } => Code::FailedPrecondition,
         Refusal::GrantUnknown(_) => Code::PermissionDenied,
         Refusal::LogicalBlockSize { .. }
         | Refusal::VolumeAttached(_)
@@ -155,6 +156,9 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
         ],
         Refusal::SettingOutOfRange { setting, range } => {
             vec![("setting", (*setting).to_owned()), ("range", range.clone())]
+        }
+        Refusal::ChainTooDeep { depth, limit } => {
+            vec![("depth", depth.to_string()), ("limit", limit.to_string())]
         }
         Refusal::PortsExhausted => vec![],
         Refusal::TargetMissing(target) => vec![("target", target.clone())],

@@ -74,6 +74,9 @@ impl Dm {
 
     /// The device of this identity.
     ///
+    /// A handle of another copy of the volume has the same name and another UUID:
+    /// it is not this one.
+    ///
     /// # Errors
     /// [`io::ErrorKind::AlreadyExists`] if its name belongs to a device that is
     /// not ours, or its UUID to one of another name.
@@ -95,9 +98,24 @@ impl Dm {
                     // Made between the two look-ups.
                     return self.lookup(&name.uuid);
                 }
+                if uuid.starts_with(DM_UUID_PREFIX) {
+                    return Ok(None);
+                }
                 let text = format!("{name} exists and is not ours: its DM UUID is `{uuid}`");
                 Err(io::Error::new(io::ErrorKind::AlreadyExists, text))
             }
+        }
+    }
+
+    /// The device of this name, whichever copy it is of; none if it is not ours.
+    pub fn by_name(&self, name: &str) -> io::Result<Option<Device>> {
+        match self.control.device_info(&DevId::Name(&dm_name(name)?)) {
+            Err(error) if is_absent(&error) => Ok(None),
+            Err(error) => Err(context("look at", name, &error)),
+            Ok(info) => match info.uuid().map(ToString::to_string) {
+                Some(uuid) if uuid.starts_with(DM_UUID_PREFIX) => self.lookup(&uuid),
+                Some(_) | None => Ok(None),
+            },
         }
     }
 
