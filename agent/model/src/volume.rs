@@ -22,8 +22,16 @@
 //! Nothing here refuses or allows a request of a caller; that is
 //! [`crate::admit`]'s work.
 
+mod lent;
+mod receiving;
+
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+pub use self::{
+    lent::{Borrower, Lent, LentStage},
+    receiving::{Failure, Receiving, ReceivingStage, Source},
+};
 
 use crate::{
     hydration::Tuning,
@@ -84,35 +92,6 @@ pub enum Phase {
     Deleting,
 }
 
-/// Whom a grant was given to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Borrower {
-    /// The grant.
-    pub grant: Uuid,
-    /// Name of the node.
-    pub node: String,
-    /// URL of its agent.
-    pub endpoint: String,
-}
-
-/// The source's side of a grant.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Lent {
-    /// Who may read, by which grant.
-    pub to: Borrower,
-    /// NQN by which the borrower connects.
-    pub host_nqn: String,
-    /// Whether the volume stays writable here until the fence is asked for;
-    /// otherwise it is closed from the start.
-    pub hold: bool,
-    /// What is exported.
-    pub export: ExportName,
-    /// How far the hand-over is.
-    pub stage: LentStage,
-}
-
 /// The middle of a chain of moves.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -138,150 +117,6 @@ pub struct ExportName {
     pub address: String,
     /// TCP port on which it listens; one export a port.
     pub port: u16,
-}
-
-/// How far a hand-over is at the source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LentStage {
-    /// The peer may read; this node may still write, if the grant is held.
-    Published,
-    /// The peer asked for the fence: writing ends.
-    Fencing,
-    /// Nobody on this node can write; everything acknowledged is on stable
-    /// storage. Only a release ends this.
-    Fenced,
-    /// The grant was withdrawn before it was fenced.
-    Revoking,
-    /// The peer has everything; this copy goes.
-    Releasing,
-}
-
-/// The destination's side of a grant.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Receiving {
-    /// Where the data comes from, as the source granted it.
-    pub source: Source,
-    /// LVM's UUID of the clone metadata LV, once it exists.
-    pub meta: Option<String>,
-    /// Region size of the copy.
-    pub region: Sectors,
-    /// Regions that are known to be here for good: an armed load that finds
-    /// fewer has the wrong metadata.
-    pub floor: u64,
-    /// How far the copy is.
-    pub stage: ReceivingStage,
-    /// Why nothing more may be done until the node has rebooted.
-    pub failure: Option<Failure>,
-}
-
-/// What a grant tells its receiver.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Source {
-    /// The grant.
-    pub grant: Uuid,
-    /// The node that holds the data.
-    pub node: String,
-    /// URL of its agent.
-    pub endpoint: String,
-    /// Generation of its copy.
-    pub generation: Generation,
-    /// Whether the source stays writable until it is fenced.
-    pub hold: bool,
-    /// How many copies are read through, the source's included: 1 for a source
-    /// that has everything itself.
-    pub depth: u32,
-    /// How to connect.
-    pub export: ExportName,
-}
-
-/// How far a copy is at the destination.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ReceivingStage {
-    /// The LVs are being made.
-    Allocating,
-    /// They exist; the metadata may hold anything.
-    Zeroing,
-    /// The metadata starts with zeros, or holds a clone that nobody has used.
-    Assembling,
-    /// Readable. Writes wait, because the source may still be written.
-    Held,
-    /// The source has been asked for the fence; the answer is not known.
-    Switching,
-    /// The source has answered that it will not fence under this grant. Nothing
-    /// written here was or will be acknowledged.
-    Refused,
-    /// The source is fenced: writable, copying.
-    Hydrating,
-    /// Everything is here, committed twice: only the data LV counts now. A
-    /// clone is never built again.
-    Collapsing,
-    /// The handle stands on the data LV and is flushed: the clone goes, and the
-    /// source is told to let go.
-    Parting,
-    /// Given up before anything was written; being taken down.
-    Aborting,
-    /// Nothing of it is left here; the source is to be told.
-    Withdrawing,
-}
-
-impl LentStage {
-    /// Whether nobody on this node may write any more, or soon.
-    pub const fn is_closed(self) -> bool {
-        match self {
-            Self::Fencing | Self::Fenced | Self::Releasing => true,
-            Self::Published | Self::Revoking => false,
-        }
-    }
-
-    /// Where an event leads; `None` when it cannot happen here. The end of a
-    /// revocation is the record's business.
-    const fn after(self, event: &Event) -> Option<Self> {
-        Some(match (self, event) {
-            (Self::Published | Self::Fencing, Event::FenceAsked) => Self::Fencing,
-            (Self::Fencing, Event::Fenced) => Self::Fenced,
-            (Self::Fenced, Event::FenceAsked | Event::Fenced) => Self::Fenced,
-            (Self::Published | Self::Revoking, Event::RevokeAsked) => Self::Revoking,
-            (Self::Fenced | Self::Releasing, Event::ReleaseAsked) => Self::Releasing,
-            _ => return None,
-        })
-    }
-}
-
-impl ReceivingStage {
-    /// Whether the source has answered that it is fenced: this copy is the
-    /// volume, and may be handed on.
-    pub const fn is_owner(self) -> bool {
-        matches!(self, Self::Hydrating | Self::Collapsing | Self::Parting)
-    }
-
-    /// Whether the source has been asked for the fence, and may have answered.
-    pub const fn is_taken(self) -> bool {
-        match self {
-            Self::Switching | Self::Hydrating | Self::Collapsing | Self::Parting => true,
-            Self::Allocating
-            | Self::Zeroing
-            | Self::Assembling
-            | Self::Held
-            | Self::Refused
-            | Self::Aborting
-            | Self::Withdrawing => false,
-        }
-    }
-}
-
-/// Something that only a reboot or an operator can end.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Failure {
-    /// What happened.
-    pub why: String,
-    /// The boot in which it happened: consumers of that boot may have seen
-    /// blocks go back in time, those of a later one have lost power anyway.
-    pub boot: Uuid,
 }
 
 /// Something that has happened and is to be journalled.
@@ -346,62 +181,6 @@ pub enum Event {
 pub struct IllegalTransition {
     phase: Box<Phase>,
     event: Box<Event>,
-}
-
-impl Receiving {
-    /// Where an event leads: the data LV's UUID, where it tells one, and whether
-    /// it can happen here at all. The end of the move is the record's business.
-    fn after(&mut self, event: Event) -> (Option<String>, Option<()>) {
-        use ReceivingStage as S;
-        let mut made = None;
-        self.stage = match (self.stage, event) {
-            (S::Allocating, Event::Allocated { data, meta: Some(meta) }) => {
-                made = Some(data);
-                self.meta = Some(meta);
-                S::Zeroing
-            }
-            (S::Zeroing, Event::Zeroed) => S::Assembling,
-            (S::Assembling, Event::Armed) if self.source.hold => S::Held,
-            (S::Assembling, Event::Armed) => S::Switching,
-            (S::Held | S::Refused | S::Switching, Event::SwitchAsked) => S::Switching,
-            (S::Switching, Event::SourceFenced) => S::Hydrating,
-            (S::Switching, Event::SourceRefused) if self.source.hold => S::Refused,
-            // Nobody was given the device.
-            (S::Switching, Event::SourceRefused) => S::Aborting,
-            (S::Hydrating, Event::Floor(floor)) => {
-                self.floor = self.floor.max(floor);
-                S::Hydrating
-            }
-            (S::Hydrating, Event::Committed) => S::Collapsing,
-            (S::Collapsing, Event::Collapsed) => S::Parting,
-            (S::Parting, Event::MetaRetired) => {
-                self.meta = None;
-                S::Parting
-            }
-            (
-                S::Allocating | S::Zeroing | S::Assembling | S::Held | S::Refused | S::Aborting,
-                Event::AbortAsked,
-            ) => {
-                // Nothing of it is needed any more, whatever it was.
-                self.failure = None;
-                S::Aborting
-            }
-            (S::Aborting, Event::Retired) => S::Withdrawing,
-            (
-                stage @ (S::Held | S::Refused | S::Switching | S::Hydrating),
-                Event::Failed(failure),
-            ) => {
-                self.failure = Some(failure);
-                stage
-            }
-            (stage, Event::Rebooted) => {
-                self.failure = None;
-                stage
-            }
-            _ => return (None, None),
-        };
-        (made, Some(()))
-    }
 }
 
 impl Record {

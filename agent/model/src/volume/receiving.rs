@@ -1,0 +1,167 @@
+//! The destination's side of a grant.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{Event, ExportName};
+use crate::{name::Generation, units::Sectors};
+
+/// The destination's side of a grant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Receiving {
+    /// Where the data comes from, as the source granted it.
+    pub source: Source,
+    /// LVM's UUID of the clone metadata LV, once it exists.
+    pub meta: Option<String>,
+    /// Region size of the copy.
+    pub region: Sectors,
+    /// Regions that are known to be here for good: an armed load that finds
+    /// fewer has the wrong metadata.
+    pub floor: u64,
+    /// How far the copy is.
+    pub stage: ReceivingStage,
+    /// Why nothing more may be done until the node has rebooted.
+    pub failure: Option<Failure>,
+}
+
+/// What a grant tells its receiver.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// The grant.
+    pub grant: Uuid,
+    /// The node that holds the data.
+    pub node: String,
+    /// URL of its agent.
+    pub endpoint: String,
+    /// Generation of its copy.
+    pub generation: Generation,
+    /// Whether the source stays writable until it is fenced.
+    pub hold: bool,
+    /// How many copies are read through, the source's included: 1 for a source
+    /// that has everything itself.
+    pub depth: u32,
+    /// How to connect.
+    pub export: ExportName,
+}
+
+/// How far a copy is at the destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReceivingStage {
+    /// The LVs are being made.
+    Allocating,
+    /// They exist; the metadata may hold anything.
+    Zeroing,
+    /// The metadata starts with zeros, or holds a clone that nobody has used.
+    Assembling,
+    /// Readable. Writes wait, because the source may still be written.
+    Held,
+    /// The source has been asked for the fence; the answer is not known.
+    Switching,
+    /// The source has answered that it will not fence under this grant. Nothing
+    /// written here was or will be acknowledged.
+    Refused,
+    /// The source is fenced: writable, copying.
+    Hydrating,
+    /// Everything is here, committed twice: only the data LV counts now. A
+    /// clone is never built again.
+    Collapsing,
+    /// The handle stands on the data LV and is flushed: the clone goes, and the
+    /// source is told to let go.
+    Parting,
+    /// Given up before anything was written; being taken down.
+    Aborting,
+    /// Nothing of it is left here; the source is to be told.
+    Withdrawing,
+}
+
+impl ReceivingStage {
+    /// Whether the source has answered that it is fenced: this copy is the
+    /// volume, and may be handed on.
+    pub const fn is_owner(self) -> bool {
+        matches!(self, Self::Hydrating | Self::Collapsing | Self::Parting)
+    }
+
+    /// Whether the source has been asked for the fence, and may have answered.
+    pub const fn is_taken(self) -> bool {
+        match self {
+            Self::Switching | Self::Hydrating | Self::Collapsing | Self::Parting => true,
+            Self::Allocating
+            | Self::Zeroing
+            | Self::Assembling
+            | Self::Held
+            | Self::Refused
+            | Self::Aborting
+            | Self::Withdrawing => false,
+        }
+    }
+}
+
+/// Something that only a reboot or an operator can end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Failure {
+    /// What happened.
+    pub why: String,
+    /// The boot in which it happened: consumers of that boot may have seen
+    /// blocks go back in time, those of a later one have lost power anyway.
+    pub boot: Uuid,
+}
+
+impl Receiving {
+    /// Where an event leads: the data LV's UUID, where it tells one, and whether
+    /// it can happen here at all. The end of the move is the record's business.
+    pub(super) fn after(&mut self, event: Event) -> (Option<String>, Option<()>) {
+        use ReceivingStage as S;
+        let mut made = None;
+        self.stage = match (self.stage, event) {
+            (S::Allocating, Event::Allocated { data, meta: Some(meta) }) => {
+                made = Some(data);
+                self.meta = Some(meta);
+                S::Zeroing
+            }
+            (S::Zeroing, Event::Zeroed) => S::Assembling,
+            (S::Assembling, Event::Armed) if self.source.hold => S::Held,
+            (S::Assembling, Event::Armed) => S::Switching,
+            (S::Held | S::Refused | S::Switching, Event::SwitchAsked) => S::Switching,
+            (S::Switching, Event::SourceFenced) => S::Hydrating,
+            (S::Switching, Event::SourceRefused) if self.source.hold => S::Refused,
+            // Nobody was given the device.
+            (S::Switching, Event::SourceRefused) => S::Aborting,
+            (S::Hydrating, Event::Floor(floor)) => {
+                self.floor = self.floor.max(floor);
+                S::Hydrating
+            }
+            (S::Hydrating, Event::Committed) => S::Collapsing,
+            (S::Collapsing, Event::Collapsed) => S::Parting,
+            (S::Parting, Event::MetaRetired) => {
+                self.meta = None;
+                S::Parting
+            }
+            (
+                S::Allocating | S::Zeroing | S::Assembling | S::Held | S::Refused | S::Aborting,
+                Event::AbortAsked,
+            ) => {
+                // Nothing of it is needed any more, whatever it was.
+                self.failure = None;
+                S::Aborting
+            }
+            (S::Aborting, Event::Retired) => S::Withdrawing,
+            (
+                stage @ (S::Held | S::Refused | S::Switching | S::Hydrating),
+                Event::Failed(failure),
+            ) => {
+                self.failure = Some(failure);
+                stage
+            }
+            (stage, Event::Rebooted) => {
+                self.failure = None;
+                stage
+            }
+            _ => return (None, None),
+        };
+        (made, Some(()))
+    }
+}
