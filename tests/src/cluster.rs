@@ -332,7 +332,8 @@ impl Node {
     pub fn wait_until_up(&self, limit: Duration) -> Result<()> {
         host::wait_for("the node to answer", limit, || {
             if !self.machine.is_running() {
-                bail!("{} has no power", self.name());
+                let log = host::tail(&self.machine.directory().join("qemu.log"));
+                bail!("{} has no power: {log}", self.name());
             }
             Ok(self.network.connect(self.letter, Duration::from_secs(2)).ok())
         })?;

@@ -144,7 +144,10 @@ impl Machine {
     pub fn kill(&self) -> Result<()> {
         if let Some(process) = self.process() {
             kill(process, Signal::SIGKILL).context("killing QEMU")?;
-            let gone = || Ok((!self.is_running()).then_some(()));
+            // Gone, not only dead: as a zombie it may have threads that still hold its
+            // disks, and another QEMU would not get them.
+            let entry = PathBuf::from(format!("/proc/{process}"));
+            let gone = || Ok((!entry.exists()).then_some(()));
             host::wait_for("QEMU to die", Duration::from_secs(20), gone)?;
         }
         Ok(())
