@@ -47,6 +47,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     moves::two_volumes_pass_each_other,
     moves::a_volume_does_not_return_below_an_open_old_handle,
     moves::a_volume_returns_before_it_has_arrived,
+    moves::a_volume_grows_while_it_is_copied,
     moves::no_host_looks_into_a_volume,
     refusals::requests_that_make_no_sense_change_nothing,
     refusals::requests_during_a_move_change_nothing,

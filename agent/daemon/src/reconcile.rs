@@ -761,10 +761,10 @@ impl Volumes {
             (Call::Fence, Some(receiving), _) => {
                 let (peer, claim) = source_of(record, receiving);
                 match self.peers.fence(&peer, record.id, &claim).await {
-                    Ok(size) if size == record.size.bytes() => Ok(Event::SourceFenced),
+                    Ok(size) if size == receiving.length.bytes() => Ok(Event::SourceFenced),
                     Ok(size) => Err(ServiceError::SizeMismatch {
                         source_bytes: size,
-                        here: record.size.bytes(),
+                        here: receiving.length.bytes(),
                     }),
                     // Any other refusal says nothing about what will be: asked again.
                     Err(error) if ends_the_grant(&error) => {

@@ -784,7 +784,7 @@ impl Service {
 /// Bytes that are still only at the source.
 pub fn bytes_left(view: &View) -> Option<u64> {
     let receiving = view.record.receiving()?;
-    let size = view.record.size;
+    let size = receiving.length;
     let status = view.seen.as_ref().and_then(|seen| seen.clone_status.as_ref());
     use dmlocal_model::volume::ReceivingStage as S;
     Some(match (receiving.stage, status) {

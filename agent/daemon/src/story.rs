@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use dmlocal_model::{
     admit::{Claim, Offer, Refusal, Which},
     name::VolumeId,
-    sim::{Io, REGIONS, VOLUME_BYTES, World},
+    sim::{Io, REGION_BYTES, REGIONS, VOLUME_BYTES, World},
     volume::{Borrower, Phase, ReceivingStage, Source},
 };
 use tokio::{sync::Notify, time::timeout};
@@ -727,5 +727,35 @@ fn a_chain_has_a_limit() {
         assert_eq!(one(pair.move_between(2, 0, 9, false).await), "CHAIN_TOO_DEEP");
         pair.until(2, is_local).await;
         pair.move_between(2, 0, 9, false).await.unwrap();
+    });
+}
+
+#[test]
+fn a_volume_grows_while_it_is_copied_and_takes_that_along() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(3)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b, c] = &pair.services[..] else { panic!("three agents") };
+        let half = VOLUME_BYTES / 2;
+        a.create(pair.id, half, "").await.unwrap();
+        a.attach(pair.id, None).await.unwrap();
+        assert_eq!(pair.write(0, 0, 10), Io::Done(()));
+        pair.begin_move(true).await.unwrap();
+        assert_eq!(one(b.extend(pair.id, VOLUME_BYTES).await), "VOLUME_MOVING", "it is held");
+        b.switch(pair.id).await.unwrap();
+        assert_eq!(pair.write(1, 3, 1), Io::Failed, "behind the end");
+        b.extend(pair.id, half + REGION_BYTES).await.unwrap();
+        b.extend(pair.id, VOLUME_BYTES).await.unwrap();
+        assert_eq!(one(b.extend(pair.id, half).await), "SIZE_SMALLER");
+        assert_eq!(pair.read(1, 3), Io::Done(0), "what it grew by is not blank");
+        assert_eq!(pair.write(1, 3, 13), Io::Done(()));
+        pair.move_between(1, 2, 8, true).await.unwrap();
+        assert_eq!((pair.read(2, 0), pair.read(2, 3)), (Io::Done(10), Io::Done(13)));
+        c.switch(pair.id).await.unwrap();
+        pair.until(2, is_local).await;
+        pair.until(1, |view| view.is_none()).await;
+        assert_eq!((pair.read(2, 0), pair.read(2, 3)), (Io::Done(10), Io::Done(13)));
+        assert_eq!(pair.view(2).unwrap().record.size.bytes(), VOLUME_BYTES);
     });
 }

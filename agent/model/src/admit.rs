@@ -370,7 +370,13 @@ pub fn delete(record: &Record, handle: Option<&Device>) -> Result<Admitted, Refu
 /// # Errors
 /// It is moving, would shrink, or finds no room.
 pub fn extend(record: &Record, size: u64, pool: &PoolRoom) -> Result<Admitted, Refusal> {
-    at_rest(record)?;
+    match &record.phase {
+        // It is this node's alone already; what it grows by is not copied.
+        Phase::Receiving(receiving) if receiving.stage.is_owner() => {
+            not_failed(record.id, receiving)?;
+        }
+        _ => at_rest(record)?,
+    }
     pool.check_size(size)?;
     let present = record.growing.unwrap_or(record.size).bytes();
     if size < present {
@@ -652,6 +658,7 @@ pub fn receive(
         phase: Phase::Receiving(Box::new(Receiving {
             source: offer.source,
             meta: None,
+            length: size,
             region,
             floor: 0,
             stage: ReceivingStage::Allocating,

@@ -28,7 +28,7 @@ fn boot() -> Uuid {
 }
 
 fn table(target: Target) -> Table {
-    Table { length: SIZE, target }
+    Table::whole(SIZE, target)
 }
 
 fn device(number: DevNo, target: Target) -> Device {
@@ -76,6 +76,7 @@ fn receiving(stage: ReceivingStage) -> Record {
             export: export(),
         },
         meta: Some("meta".into()),
+        length: SIZE,
         region: REGION,
         floor: 2,
         stage,
@@ -307,7 +308,7 @@ fn a_fence_fails_the_handle_then_flushes_and_leaves_the_export() {
     let on_data = Target::Linear { device: DATA, offset: Sectors(0) };
     let open = Seen {
         handle: handle(on_data),
-        export: Some(device(SRC, Target::ReadOnly { device: DATA })),
+        export: Some(device(SRC, Target::ReadOnly { device: DATA, offset: Sectors(0) })),
         published: Presence::Complete,
         ..bare()
     };
@@ -322,7 +323,10 @@ fn a_fence_fails_the_handle_then_flushes_and_leaves_the_export() {
 fn what_a_peer_reads_refuses_writes() {
     let seen = Seen { handle: None, ..bare() };
     let Next::Do(steps) = next(&lent(LentStage::Published), &seen) else { panic!() };
-    assert_eq!(steps, [Step::Set(Role::Export, table(Target::ReadOnly { device: DATA }))]);
+    assert_eq!(
+        steps,
+        [Step::Set(Role::Export, table(Target::ReadOnly { device: DATA, offset: Sectors(0) }))]
+    );
 }
 
 #[test]

@@ -317,13 +317,36 @@ struct Plan<'a> {
     seen: &'a Seen,
 }
 
+/// What a peer may do with a window on a device.
+const fn read_only(device: DevNo, offset: Sectors) -> Target {
+    Target::ReadOnly { device, offset }
+}
+
 fn one(step: Step) -> Next {
     Next::Do(vec![step])
 }
 
 impl Plan<'_> {
     fn table(&self, target: Target) -> Table {
-        Table { length: self.record.size, target }
+        Table::whole(self.record.size, target)
+    }
+
+    /// A table of what lies below the handle while it is copied.
+    fn copied(receiving: &Receiving, target: Target) -> Table {
+        Table::whole(receiving.length, target)
+    }
+
+    /// Windows on the clone and, where the volume has grown since, on the data LV.
+    fn over_clone(
+        &self,
+        receiving: &Receiving,
+        clone: DevNo,
+        data: DevNo,
+        window: impl Fn(DevNo, Sectors) -> Target,
+    ) -> Table {
+        let at = receiving.length;
+        let tail = (self.record.size > at).then(|| (at, window(data, at)));
+        Table { length: self.record.size, target: window(clone, Sectors(0)), tail }
     }
 
     fn on_data(&self, data: &Lv) -> Table {
@@ -378,22 +401,22 @@ impl Plan<'_> {
             (Some(data), _) => data,
             (None, _) => return Next::Wait(Wait::Pool),
         };
-        self.handed_over(lent, data.device)
+        self.handed_over(lent, data.device, self.table(read_only(data.device, Sectors(0))))
             .or_else(|| self.own_handle(data))
             .unwrap_or(Next::Wait(Wait::Peer))
     }
 
-    /// What the borrower needs of the device that holds the volume here; `None`
-    /// when it has it.
-    fn handed_over(&self, lent: &Lent, below: DevNo) -> Option<Next> {
+    /// What the borrower needs of the volume here; `None` when it has it. A flush
+    /// of `below` brings everything to stable storage.
+    fn handed_over(&self, lent: &Lent, below: DevNo, export: Table) -> Option<Next> {
         match lent.stage {
-            LentStage::Published => self.exported(lent, below),
+            LentStage::Published => self.exported(lent, export),
             LentStage::Fencing => Some(
                 self.fenced_handle()
-                    .or_else(|| self.exported(lent, below))
+                    .or_else(|| self.exported(lent, export))
                     .unwrap_or(Next::DoThen(Step::Flush(below), Event::Fenced)),
             ),
-            LentStage::Fenced => self.fenced_handle().or_else(|| self.exported(lent, below)),
+            LentStage::Fenced => self.fenced_handle().or_else(|| self.exported(lent, export)),
             LentStage::Revoking => {
                 Some(self.unexported(lent).unwrap_or(Next::Journal(Event::Revoked)))
             }
@@ -426,8 +449,7 @@ impl Plan<'_> {
 
     /// The device below the export, then the export. The former is only ever
     /// reloaded: what the borrower is connected to stays.
-    fn exported(&self, lent: &Lent, below: DevNo) -> Option<Next> {
-        let table = self.table(Target::ReadOnly { device: below });
+    fn exported(&self, lent: &Lent, table: Table) -> Option<Next> {
         let live = self.seen.export.as_ref().and_then(|device| device.table.as_ref());
         if live != Some(&table) {
             return Some(one(Step::Set(Role::Export, table)));
@@ -483,10 +505,18 @@ impl Plan<'_> {
             | S::Collapsing
             | S::Parting) => {
                 let Some(data) = &self.seen.data else { return Next::Wait(Wait::Pool) };
+                if let Some(to) = self.record.growing {
+                    return Next::DoThen(Step::Grow { to }, Event::Grown);
+                }
                 match stage {
                     S::Collapsing => self
                         .top(&self.on_data(data), Self::set_handle)
-                        .or_else(|| self.handed_on(data.device))
+                        .or_else(|| {
+                            self.handed_on(
+                                data.device,
+                                self.table(read_only(data.device, Sectors(0))),
+                            )
+                        })
                         .unwrap_or(Next::DoThen(Step::Flush(data.device), Event::Collapsed)),
                     S::Parting => self.parting(receiving, data),
                     _ => match &self.seen.meta {
@@ -499,8 +529,8 @@ impl Plan<'_> {
     }
 
     /// As [`Plan::handed_over`], for a copy that may or may not be lent.
-    fn handed_on(&self, below: DevNo) -> Option<Next> {
-        self.record.lent().and_then(|lent| self.handed_over(lent, below))
+    fn handed_on(&self, below: DevNo, export: Table) -> Option<Next> {
+        self.record.lent().and_then(|lent| self.handed_over(lent, below, export))
     }
 
     fn failed(&self, failure: &Failure) -> Next {
@@ -558,9 +588,10 @@ impl Plan<'_> {
         }
         let stacked = match receiving.stage {
             S::Hydrating => {
-                let device = clone.number;
-                let table = self.table(Target::Linear { device, offset: Sectors(0) });
-                self.top(&table, Step::OpenHandle).or_else(|| self.handed_on(device))
+                let window = |device, offset| Target::Linear { device, offset };
+                let table = self.over_clone(receiving, clone.number, data.device, window);
+                let export = self.over_clone(receiving, clone.number, data.device, read_only);
+                self.top(&table, Step::OpenHandle).or_else(|| self.handed_on(clone.number, export))
             }
             _ => self.handle(&self.table(Target::Hold { device: clone.number }), Self::set_handle),
         };
@@ -589,7 +620,7 @@ impl Plan<'_> {
             None => {
                 return Err(Box::new(one(Step::Set(
                     Role::Src,
-                    self.table(Target::Queue { path: namespace }),
+                    Self::copied(receiving, Target::Queue { path: namespace }),
                 ))));
             }
             Some(src) => src,
@@ -601,14 +632,16 @@ impl Plan<'_> {
         // A source that is away keeps the path it had: its requests wait there.
         if src.table.is_none() || (namespace.is_some() && path != namespace) {
             let path = namespace;
-            return Err(Box::new(one(Step::Set(Role::Src, self.table(Target::Queue { path })))));
+            let table = Self::copied(receiving, Target::Queue { path });
+            return Err(Box::new(one(Step::Set(Role::Src, table))));
         }
-        let table = self.table(Target::Clone {
+        let target = Target::Clone {
             meta: meta.device,
             dest: data.device,
             src: src.number,
             region: receiving.region,
-        });
+        };
+        let table = Self::copied(receiving, target);
         let clone = match &self.seen.clone {
             Some(clone) if clone.table.as_ref() == Some(&table) => clone,
             // Another live table on it would be a second instance of the
@@ -706,8 +739,9 @@ impl Plan<'_> {
     }
 
     fn parting(&self, receiving: &Receiving, data: &Lv) -> Next {
-        let above =
-            self.top(&self.on_data(data), Self::set_handle).or_else(|| self.handed_on(data.device));
+        let above = self.top(&self.on_data(data), Self::set_handle).or_else(|| {
+            self.handed_on(data.device, self.table(read_only(data.device, Sectors(0))))
+        });
         if let Some(next) = above {
             return next;
         }

@@ -27,7 +27,10 @@ pub const REGIONS: usize = 4;
 pub const REGION: Sectors = Sectors(128);
 
 /// Size of a simulated volume in bytes.
-pub const VOLUME_BYTES: u64 = REGIONS as u64 * 64 * 1024;
+pub const VOLUME_BYTES: u64 = REGIONS as u64 * REGION_BYTES;
+
+/// Size of a simulated region in bytes.
+pub const REGION_BYTES: u64 = 64 * 1024;
 
 /// What a region held before it was ever written by its present owner: another
 /// volume's past.
@@ -98,6 +101,23 @@ impl Mapped {
             leaving: self.leaving,
         }
     }
+}
+
+/// What serves a region; windows begin where they stand on what is below.
+fn at_region(table: &Table, region: usize) -> Option<&Target> {
+    let at = region as u64 * REGION.0;
+    if at >= table.length.0 {
+        return None;
+    }
+    match &table.tail {
+        Some((from, then)) if at >= from.0 => Some(then),
+        Some(_) | None => Some(&table.target),
+    }
+}
+
+/// Regions of a table.
+fn regions(table: &Table) -> usize {
+    usize::try_from(table.length.0.div_ceil(REGION.0)).unwrap_or(REGIONS).min(REGIONS)
 }
 
 /// The volume whose handle has this UUID.
@@ -247,7 +267,7 @@ impl World {
 
     fn stands_on(&self, node: usize, number: DevNo) -> bool {
         self.nodes[node].mapped.values().any(|mapped| {
-            mapped.live.iter().chain(&mapped.inactive).any(|t| t.target.devices().contains(&number))
+            mapped.live.iter().chain(&mapped.inactive).any(|t| t.devices().contains(&number))
         })
     }
 
@@ -281,7 +301,7 @@ impl World {
                 if at == number && !mapped.suspended {
                     return self.read(node, at, *region) == Io::Waits;
                 }
-                way.extend(mapped.live.iter().flat_map(|table| table.target.devices()));
+                way.extend(mapped.live.iter().flat_map(Table::devices));
             }
             false
         })
@@ -389,11 +409,11 @@ impl World {
         if mapped.suspended {
             return Io::Waits;
         }
-        match mapped.live.as_ref().map(|table| &table.target) {
+        match mapped.live.as_ref().and_then(|table| at_region(table, region)) {
             Some(
                 Target::Linear { device, .. }
                 | Target::Hold { device }
-                | Target::ReadOnly { device }
+                | Target::ReadOnly { device, .. }
                 | Target::Queue { path: Some(device) },
             ) => match self.read(node, *device, region) {
                 // What fails below a queue waits in it.
@@ -428,7 +448,7 @@ impl World {
             return Io::Waits;
         }
         let name = name.clone();
-        match mapped.live.as_ref().map(|table| table.target.clone()) {
+        match mapped.live.as_ref().and_then(|table| at_region(table, region)).cloned() {
             Some(Target::Linear { device, .. }) => self.write(node, device, region, value),
             Some(Target::Hold { .. }) => {
                 if let Some(mapped) = self.nodes[node].mapped.get_mut(&name) {
@@ -503,7 +523,9 @@ impl World {
                 })
                 .collect();
             for (name, dest, src) in clones {
-                let missing = self.nodes[node].mapped[&name].bits.iter().position(|bit| !bit);
+                let mapped = &self.nodes[node].mapped[&name];
+                let count = mapped.live.as_ref().map_or(0, regions);
+                let missing = mapped.bits[..count].iter().position(|bit| !bit);
                 let Some(region) = missing else { continue };
                 if let Io::Done(value) = self.read(node, src, region) {
                     self.write(node, dest, region, value);
@@ -559,7 +581,7 @@ impl World {
             export: device(Role::Export),
             clone_status: clone.map(|clone| CloneStatus::Working {
                 hydrated: clone.bits.iter().filter(|bit| **bit).count() as u64,
-                total: REGIONS as u64,
+                total: clone.live.as_ref().map_or(0, regions) as u64,
                 hydrating: 0,
                 enabled: clone.hydrating,
                 read_only: false,
@@ -661,7 +683,8 @@ impl World {
                 self.act()?;
                 let clone = self.nodes[node].mapped.get(&name(Role::Clone));
                 let target = clone.and_then(|clone| {
-                    let complete = clone.bits.iter().all(|bit| *bit);
+                    let count = clone.live.as_ref().map_or(0, regions);
+                    let complete = clone.bits[..count].iter().all(|bit| *bit);
                     match clone.live.as_ref()?.target {
                         Target::Clone { meta, dest, .. } if complete => {
                             Some((clone.number, meta, dest))
@@ -745,7 +768,7 @@ impl World {
 
     /// Create, load, resume: three actions, and a crash may come between them.
     fn set(&mut self, node: usize, name: &str, table: &Table) -> Result<(), Fault> {
-        for device in table.target.devices() {
+        for device in table.devices() {
             let exists = self.lv_by(node, device).is_some()
                 || self.mapped_by(node, device).is_some()
                 || self.nodes[node].imports.values().any(|number| *number == device);

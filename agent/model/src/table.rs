@@ -32,6 +32,8 @@ pub enum Target {
     ReadOnly {
         /// The device below.
         device: DevNo,
+        /// Where the window starts on it.
+        offset: Sectors,
     },
     /// Reads of the source that wait while there is no path to it.
     Queue {
@@ -56,13 +58,53 @@ pub enum Target {
     },
 }
 
-/// A target over a range of the device; dmlocal's tables start at sector 0.
+/// What serves a device: one target, or two, of which the second begins where a
+/// volume has grown beyond what is being copied.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Table {
     /// Length of the device.
     pub length: Sectors,
-    /// What serves it.
+    /// What serves it from its start.
     pub target: Target,
+    /// From where on something else serves it, and what.
+    pub tail: Option<(Sectors, Target)>,
+}
+
+impl Table {
+    /// One target over everything.
+    pub const fn whole(length: Sectors, target: Target) -> Self {
+        Self { length, target, tail: None }
+    }
+
+    /// The table of these targets, each with its length; none for no target. What
+    /// has more than two is nobody's table here.
+    pub fn of(targets: Vec<(Sectors, Target)>) -> Option<Self> {
+        let length = Sectors(targets.iter().map(|(length, _)| length.0).sum());
+        let mut targets = targets.into_iter();
+        let (at, target) = targets.next()?;
+        let (tail, more) = (targets.next(), targets.next());
+        if more.is_some() {
+            let kind = target.kind().to_owned();
+            return Some(Self::whole(length, Target::Foreign { kind }));
+        }
+        Some(Self { length, target, tail: tail.map(|(_, then)| (at, then)) })
+    }
+
+    /// Start, length and target of each line for the kernel.
+    pub fn lines(&self) -> Vec<(Sectors, Sectors, &Target)> {
+        match &self.tail {
+            None => vec![(Sectors(0), self.length, &self.target)],
+            Some((at, then)) => {
+                let rest = Sectors(self.length.0.saturating_sub(at.0));
+                vec![(Sectors(0), *at, &self.target), (*at, rest, then)]
+            }
+        }
+    }
+
+    /// Every device that it stands on.
+    pub fn devices(&self) -> Vec<DevNo> {
+        self.lines().iter().flat_map(|(.., target)| target.devices()).collect()
+    }
 }
 
 impl Target {
@@ -88,7 +130,7 @@ impl Target {
                 format!("{device} 0 0 {device} 0 {HOLD_MS} {device} 0 {HOLD_MS}")
             }
             // Never up, always down, and down means that writes fail.
-            Self::ReadOnly { device } => format!("{device} 0 0 1 1 error_writes"),
+            Self::ReadOnly { device, offset } => format!("{device} {offset} 0 1 1 error_writes"),
             Self::Queue { path } => {
                 let mut text = "3 queue_if_no_path queue_mode bio 0 ".to_owned();
                 match path {
@@ -128,7 +170,8 @@ impl Target {
             }
             "flakey" if words.len() >= 6 && words.contains(&"error_writes") => {
                 let (up, down) = (words.get(2)?, words.get(3)?);
-                (*up == "0" && *down == "1").then_some(Self::ReadOnly { device: device(0)? })?
+                let window = Self::ReadOnly { device: device(0)?, offset: sectors(1)? };
+                (*up == "0" && *down == "1").then_some(window)?
             }
             // The kernel prints features and path arguments in its own order.
             "multipath" if words.contains(&"queue_if_no_path") => {
@@ -148,7 +191,7 @@ impl Target {
     pub fn devices(&self) -> Vec<DevNo> {
         match self {
             Self::Error | Self::Foreign { .. } => Vec::new(),
-            Self::Linear { device, .. } | Self::Hold { device } | Self::ReadOnly { device } => {
+            Self::Linear { device, .. } | Self::Hold { device } | Self::ReadOnly { device, .. } => {
                 vec![*device]
             }
             Self::Queue { path } => path.iter().copied().collect(),
@@ -220,7 +263,8 @@ mod test {
             (any_device(), any::<u64>())
                 .prop_map(|(device, offset)| Target::Linear { device, offset: Sectors(offset) }),
             any_device().prop_map(|device| Target::Hold { device }),
-            any_device().prop_map(|device| Target::ReadOnly { device }),
+            (any_device(), any::<u64>())
+                .prop_map(|(device, offset)| Target::ReadOnly { device, offset: Sectors(offset) }),
             proptest::option::of(any_device()).prop_map(|path| Target::Queue { path }),
             (any_device(), any_device(), any_device(), 8u64..(1 << 21)).prop_map(
                 |(meta, dest, src, region)| Target::Clone {
@@ -237,6 +281,18 @@ mod test {
         #[test]
         fn what_is_loaded_is_recognised(target in any_target()) {
             prop_assert_eq!(Target::parse(target.kind(), &target.params()), target);
+        }
+
+        #[test]
+        fn a_table_survives_its_lines(
+            first in any_target(), then in proptest::option::of(any_target()),
+            at in 1u64..1000, rest in 1u64..1000
+        ) {
+            let length = Sectors(at + if then.is_some() { rest } else { 0 });
+            let table = Table { length, target: first, tail: then.map(|then| (Sectors(at), then)) };
+            let lines = table.lines().into_iter();
+            let again = lines.map(|(_, length, target)| (length, target.clone())).collect();
+            prop_assert_eq!(Table::of(again), Some(table));
         }
 
         #[test]

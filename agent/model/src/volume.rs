@@ -202,7 +202,7 @@ impl Record {
             (Phase::Creating | Phase::Local | Phase::Deleting, Event::DeleteAsked) => {
                 self.phase = Phase::Deleting;
             }
-            (Phase::Local, Event::Grown) => {
+            (Phase::Local | Phase::Receiving(_), Event::Grown) => {
                 if let Some(size) = self.growing.take() {
                     self.size = size;
                 }

@@ -18,7 +18,7 @@ use crate::{
     admit::{self, Admitted, Claim, GrantRequest, Offer, PoolRoom, Refusal},
     name::VolumeId,
     plan::{self, Call, Next, Wait},
-    sim::{FOREIGN, Fault, Io, REGIONS, VOLUME_BYTES, World},
+    sim::{FOREIGN, Fault, Io, REGION_BYTES, REGIONS, World},
     volume::{Borrower, Event, ExportName, Fate, LentStage, Phase, Record, Source, Tombstone},
 };
 
@@ -33,6 +33,9 @@ enum Stop {
 
 /// Nodes of a walk.
 const NODES: usize = 3;
+
+/// Regions of a volume that has not grown.
+const SMALL: usize = 2;
 
 /// How deep a chain may be.
 const MAX_DEPTH: u32 = 3;
@@ -72,6 +75,8 @@ struct Cluster {
     id: VolumeId,
     known: Vec<Known>,
     newest: u64,
+    /// Regions that the volume has for sure.
+    size: usize,
     /// Where the last write was acknowledged.
     writer: Option<usize>,
     value: u64,
@@ -97,6 +102,7 @@ impl Cluster {
             id,
             known: vec![blank; REGIONS],
             newest: 0,
+            size: SMALL,
             writer: None,
             value: 0,
             lose_answers: false,
@@ -437,9 +443,29 @@ impl Cluster {
         let at = self.newest_at(node).unwrap_or(At { node, generation: 1 });
         self.undoable(
             at,
-            |record| admit::create(record, id, VOLUME_BYTES, &Self::room(), incarnation),
+            |record| {
+                let size = SMALL as u64 * REGION_BYTES;
+                admit::create(record, id, size, &Self::room(), incarnation)
+            },
             Event::DeleteAsked,
         )
+    }
+
+    fn extend(&mut self, node: usize, regions: usize) -> Result<(), Stop> {
+        let (id, size) = (self.id, regions as u64 * REGION_BYTES);
+        let at = self.newest_at(node).unwrap_or(At { node, generation: 1 });
+        self.admit(at, |record| admit::extend(known(record, id)?, size, &Self::room()))?;
+        let outcome = self.converge(at);
+        if let Some(record) = self.record(at).filter(|record| record.growing.is_some()) {
+            // Said back, as the daemon does.
+            if let Err(Stop::Stuck(_)) = outcome {
+                self.put(node, Record { growing: None, ..record })?;
+            }
+        }
+        if outcome.is_ok() {
+            self.size = self.size.max(regions);
+        }
+        outcome
     }
 
     fn attach(&mut self, node: usize, named: bool) -> Result<(), Stop> {
@@ -588,6 +614,7 @@ impl Cluster {
                 true => Ok(()),
                 false => self.create(node),
             },
+            Op::Extend(node, regions) => self.extend(node, regions),
             Op::Attach(node, named) => self.attach(node, named),
             Op::Detach(node) => self.detach(node),
             Op::Move(from, to, hold) => self.begin_move(from, to, hold),
@@ -689,7 +716,7 @@ impl Cluster {
                 let record = self.journals[*home].newest().cloned().unwrap();
                 assert_eq!(record.phase, Phase::Local, "no way to rest");
                 self.attach(*home, true).unwrap();
-                for region in 0..REGIONS {
+                for region in 0..self.size {
                     let record = self.journals[*home].newest().cloned().unwrap();
                     match self.world.read_handle(*home, &record, region) {
                         Io::Done(value) => self.check(region, value),
@@ -713,6 +740,7 @@ fn known(record: Option<&Record>, id: VolumeId) -> Result<&Record, Refusal> {
 #[derive(Debug, Clone)]
 enum Op {
     Create(usize),
+    Extend(usize, usize),
     Attach(usize, bool),
     Detach(usize),
     Move(usize, usize, bool),
@@ -737,6 +765,7 @@ fn any_op() -> impl Strategy<Value = Op> {
     let region = 0usize..REGIONS;
     prop_oneof![
         2 => node.clone().prop_map(Op::Create),
+        2 => (node.clone(), SMALL..=REGIONS).prop_map(|(node, to)| Op::Extend(node, to)),
         4 => (node.clone(), any::<bool>()).prop_map(|(node, named)| Op::Attach(node, named)),
         2 => node.clone().prop_map(Op::Detach),
         6 => (way, any::<bool>()).prop_map(|((from, to), hold)| Op::Move(from, to, hold)),
@@ -778,7 +807,7 @@ proptest! {
 fn story(cluster: &mut Cluster) -> Result<(), Stop> {
     cluster.create(0)?;
     cluster.attach(0, false)?;
-    for region in 0..REGIONS {
+    for region in 0..SMALL {
         cluster.write(0, region);
     }
     cluster.flush(0);
@@ -786,7 +815,11 @@ fn story(cluster: &mut Cluster) -> Result<(), Stop> {
     cluster.read(1, 0);
     cluster.write(0, 1);
     cluster.switch(1)?;
-    cluster.write(1, 2);
+    cluster.extend(1, SMALL + 1)?;
+    cluster.write(1, SMALL);
+    cluster.extend(1, REGIONS)?;
+    cluster.read(1, REGIONS - 1);
+    cluster.write(1, 0);
     cluster.flush(1);
     for _ in 0..=REGIONS {
         cluster.world.hydrate();

@@ -204,6 +204,15 @@ impl Volume {
         until(&what, SOON, || Ok(self.status(on)?.map_or(Ok(()), |left| Err(left.to_string()))))
     }
 
+    /// Waits until the node has no other copy of it but the newest.
+    pub fn wait_until_alone(&self, on: &Node) -> Result<()> {
+        until("the old copy to go", SOON, || {
+            let copies = ctl(on, "status")?;
+            let alone = copies.as_array().is_some_and(|copies| copies.len() == 1);
+            Ok(if alone { Ok(()) } else { Err(copies.to_string()) })
+        })
+    }
+
     /// Starts a move, with what else belongs on its command line.
     pub fn start_move(&self, from: &Node, to: &Node, flags: &str) -> Result<Value> {
         ctl(to, &self.move_line(from, to, flags))

@@ -330,15 +330,57 @@ pub fn a_volume_returns_before_it_has_arrived(bed: &Bed) -> Result<()> {
         writer.progress()?;
     }
     volume.finish_move(b, a)?;
-    until("the old copy to go", SOON, || {
-        let copies = ctl(a, "status")?;
-        let alone = copies.as_array().is_some_and(|copies| copies.len() == 1);
-        Ok(if alone { Ok(()) } else { Err(copies.to_string()) })
-    })?;
+    volume.wait_until_alone(a)?;
     writer.progress()?;
     writer.stop(a)?;
     volume.verify(a)?;
     let back = volume.status(a)?.context("the volume is not there")?;
     ensure!(back["generation"] == 3 && back["state"] == "local", "{back}");
+    volume.delete(a)
+}
+
+pub fn a_volume_grows_while_it_is_copied(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    volume.write(a, "--count 50")?.stop(a)?;
+    volume.carry_state(a, b)?;
+    volume.move_slowly(a, b)?;
+    let device = &volume.device;
+    // It goes on with what it knows, and has the device open all the time.
+    let writer = volume.write(b, "--rate 4")?;
+    let extended = ctl(b, &format!("volume extend {} --size 48MiB", volume.id))?;
+    ensure!(extended["size_bytes"] == 48 << 20 && extended["state"] == "hydrating", "{extended}");
+    let tail = format!(
+        "dd if=/dev/urandom of=/root/tail bs=1M count=8 status=none
+        dd if=/root/tail of={device} bs=1M seek=36 oflag=direct status=none"
+    );
+    b.shell(&tail)?.ok()?;
+    let right = format!("cmp --bytes 8388608 --ignore-initial 0:37748736 /root/tail {device}");
+    b.shell(&right)?.ok()?;
+
+    ctl(b, &format!("volume extend {} --size 64MiB", volume.id))?;
+    refused(b, &format!("volume extend {} --size 48MiB", volume.id), "SIZE_SMALLER")?;
+    kill_agent(b)?;
+    writer.progress()?;
+    let table = b.exec(&["dmsetup", "table", device])?.ok()?;
+    ensure!(table.lines().count() == 2, "one window on the clone, one on the rest: {table}");
+    b.shell(&right)?.ok()?;
+    let blank = format!("cmp --bytes 20971520 --ignore-initial 46137344:0 {device} /dev/zero");
+    b.shell(&blank)?.ok()?;
+    // What it has grown by moves on with the rest.
+    writer.stop(b)?;
+    ctl(a, &format!("volume detach {}", volume.id))?;
+    volume.start_move(b, a, "--hold --wait")?;
+    volume.carry_state(b, a)?;
+    let sum = b.shell(&format!("cksum <{device}"))?.ok()?;
+    ensure!(a.shell(&format!("cksum <{device}"))?.ok()? == sum, "it reads other data at node-a");
+    let writer = volume.write(a, "--count 100")?;
+    volume.finish_move(b, a)?;
+    writer.stop(a)?;
+    volume.verify(a)?;
+    let size = a.exec(&["blockdev", "--getsize64", device])?.ok()?;
+    ensure!(size == (64 << 20).to_string(), "the handle has {size} bytes");
+    b.shell("rm /root/tail")?.ok()?;
+    volume.wait_until_alone(a)?;
     volume.delete(a)
 }

@@ -146,7 +146,7 @@ fn label(number: DevNo, seen: &Seen) -> &'static str {
 }
 
 fn table(table: &Table, seen: &Seen) -> String {
-    let below: Vec<_> = table.target.devices().iter().map(|n| label(*n, seen)).collect();
+    let below: Vec<_> = table.devices().iter().map(|n| label(*n, seen)).collect();
     format!("{}({})", table.target.kind(), below.join(" "))
 }
 

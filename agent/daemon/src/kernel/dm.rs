@@ -37,6 +37,7 @@ use devicemapper::{DM, DevId, DmFlags, DmOptions};
 use dmlocal_model::{
     name::DmName,
     table::{Table, Target},
+    units::Sectors,
 };
 
 pub(super) use self::{error::describe, interrupt::interruptible, look::path_failed};
@@ -159,22 +160,17 @@ impl Dm {
     }
 
     fn load(&self, name: &DmName, table: &Table) -> io::Result<()> {
-        let target = &table.target;
-        let read_only = matches!(target, Target::Queue { .. });
+        let read_only = matches!(table.target, Target::Queue { .. });
         let flags = if read_only { DmFlags::DM_READONLY } else { DmFlags::empty() };
-        let line = (0, table.length.0, target.kind().to_owned(), target.params());
+        let line = |(start, length, target): (Sectors, Sectors, &Target)| {
+            (start.0, length.0, target.kind().to_owned(), target.params())
+        };
+        let lines: Vec<_> = table.lines().into_iter().map(line).collect();
         let uuid = dm_uuid(&name.uuid)?;
         self.control
-            .table_load(
-                &DevId::Uuid(uuid.as_ref()),
-                std::slice::from_ref(&line),
-                DmOptions::default().set_flags(flags),
-            )
+            .table_load(&DevId::Uuid(uuid.as_ref()), &lines, DmOptions::default().set_flags(flags))
             .map(drop)
-            .map_err(|error| {
-                let what = format!("load `{} {} {} {}` into", line.0, line.1, line.2, line.3);
-                context(&what, &name.name, &error)
-            })
+            .map_err(|error| context(&format!("load `{lines:?}` into"), &name.name, &error))
     }
 
     /// Makes the loaded table live.

@@ -141,7 +141,7 @@ impl Bed {
         let lv = self.number(&made[0]);
         write(lv);
         let export = volume.name(9, Role::Export);
-        self.set(&export, Target::ReadOnly { device: lv });
+        self.set(&export, Target::ReadOnly { device: lv, offset: Sectors(0) });
         let number = self.dm.device(&export).unwrap().unwrap().number;
         let export = Export {
             nqn: format!("{NQN_PREFIX}{}", Uuid::new_v4()),
@@ -183,7 +183,7 @@ impl Bed {
     fn set_within(&self, name: &DmName, target: Target, deadline: Duration) -> io::Result<()> {
         let handle = !name.name.contains("-g");
         let udev = if handle { Udev::Linked } else { Udev::Hidden };
-        let table = Table { length: Sectors::from_bytes(SIZE), target };
+        let table = Table::whole(Sectors::from_bytes(SIZE), target);
         let before = Instant::now();
         self.dm.set(name, &table, udev, deadline)?;
         println!("set {} {}: {:?}", name, table.target.kind(), before.elapsed());
@@ -206,7 +206,7 @@ impl Drop for Bed {
         for device in &all {
             // Whatever waits for a source must fail, or nothing can be removed.
             let name = DmName { name: device.name.clone(), uuid: device.uuid.clone() };
-            if device.tables.iter().any(|table| table.target.kind() == "multipath") {
+            if device.table.as_ref().is_some_and(|table| table.target.kind() == "multipath") {
                 let _ = self.dm.message(&name, "fail_if_no_path");
             }
             if device.suspended {

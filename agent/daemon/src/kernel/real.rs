@@ -264,7 +264,7 @@ impl RealKernel {
         let name = plan::dm_name(record, Role::Handle);
         if let Some(handle) = self.dm.device(&name)?
             && !handle.suspended
-            && !handle.tables.iter().any(|table| table.target == Target::Error)
+            && handle.table.as_ref().is_none_or(|table| table.target != Target::Error)
         {
             let number = handle.number;
             dm::interruptible(WRITE_BACK, move || block::sync_and_drop_cache(number), |_| {})?;
@@ -566,19 +566,9 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn seen(device: dm::Device) -> Device {
-    let mut tables = device.tables.into_iter();
-    let table = match (tables.next(), tables.next()) {
-        (Some(table), None) => Some(table),
-        // Several targets are nobody's table here.
-        (Some(table), Some(_)) => Some(Table {
-            length: table.length,
-            target: Target::Foreign { kind: table.target.kind().to_owned() },
-        }),
-        (None, _) => None,
-    };
     Device {
         number: device.number,
-        table,
+        table: device.table,
         suspended: device.suspended,
         open_count: device.open_count,
         leaving: device.leaving,

@@ -193,7 +193,7 @@ pub(super) fn volume(view: &View) -> v1::Volume {
     let lent = record.lent();
     let bytes_left = bytes_left(view);
     let percent = receiving.map(|receiving| {
-        let total = hydration::regions(record.size, receiving.region);
+        let total = hydration::regions(receiving.length, receiving.region);
         let here = match view.seen.as_ref().and_then(|seen| seen.clone_status.as_ref()) {
             _ if bytes_left == Some(0) => total,
             Some(CloneStatus::Working { hydrated, .. }) => *hydrated,

@@ -14,6 +14,9 @@ pub struct Receiving {
     pub source: Source,
     /// LVM's UUID of the clone metadata LV, once it exists.
     pub meta: Option<String>,
+    /// How much is copied: the size of the volume when it was granted. What it has
+    /// grown since lies in the data LV alone.
+    pub length: Sectors,
     /// Region size of the copy.
     pub region: Sectors,
     /// Regions that are known to be here for good: an armed load that finds

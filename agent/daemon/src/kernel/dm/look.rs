@@ -30,8 +30,8 @@ pub struct Device {
     pub open_count: u32,
     /// Whether I/O waits.
     pub suspended: bool,
-    /// The live table's targets, in order; each with its own length.
-    pub tables: Vec<Table>,
+    /// The live table.
+    pub table: Option<Table>,
     /// Whether there is a live table at all.
     pub has_live: bool,
     /// Whether a table is loaded that is not live.
@@ -43,7 +43,7 @@ pub struct Device {
 impl Device {
     /// Whether exactly this table is live and serves I/O.
     pub fn serves(&self, table: &Table) -> bool {
-        self.has_live && !self.suspended && self.tables.as_slice() == std::slice::from_ref(table)
+        self.has_live && !self.suspended && self.table.as_ref() == Some(table)
     }
 }
 
@@ -138,9 +138,8 @@ impl Dm {
             Ok((info, lines)) => {
                 let flags = info.flags();
                 let has_live = flags.contains(DmFlags::DM_ACTIVE_PRESENT);
-                let tables = lines.iter().map(|(_, length, kind, params)| Table {
-                    length: Sectors(*length),
-                    target: Target::parse(kind, params),
+                let targets = lines.iter().map(|(_, length, kind, params)| {
+                    (Sectors(*length), Target::parse(kind, params))
                 });
                 Ok(Some(Device {
                     name: info.name().map(ToString::to_string).unwrap_or_default(),
@@ -148,7 +147,7 @@ impl Dm {
                     number: devno(info.device()),
                     open_count: u32::try_from(info.open_count()).unwrap_or(0),
                     suspended: flags.contains(DmFlags::DM_SUSPEND),
-                    tables: if has_live { tables.collect() } else { Vec::new() },
+                    table: Table::of(if has_live { targets.collect() } else { Vec::new() }),
                     has_live,
                     has_inactive: flags.contains(DmFlags::DM_INACTIVE_PRESENT),
                     leaving: flags.contains(DmFlags::DM_DEFERRED_REMOVE),

@@ -119,7 +119,7 @@ fn what_a_crash_leaves_is_finished() {
     dmsetup(&["load", &handle.name, "--table", &line]);
     bed.dm.resume(&handle).unwrap();
     let device = bed.dm.device(&handle).unwrap().unwrap();
-    assert!(!device.has_inactive && device.tables[0].target == linear);
+    assert!(!device.has_inactive && device.table.as_ref().unwrap().target == linear);
     // Suspended.
     bed.dm.suspend(&handle, LONG).unwrap();
     bed.set(&handle, linear.clone());
@@ -128,7 +128,7 @@ fn what_a_crash_leaves_is_finished() {
     let error = bed.set_within(&handle, absent.clone(), LONG).unwrap_err();
     println!("{error}");
     let device = bed.dm.device(&handle).unwrap().unwrap();
-    assert!(!device.has_inactive && device.tables[0].target == linear);
+    assert!(!device.has_inactive && device.table.as_ref().unwrap().target == linear);
     let other = volume.name(1, Role::Clone);
     bed.set_within(&other, absent, LONG).unwrap_err();
     assert_eq!(bed.dm.device(&other).unwrap(), None, "a device without a table is left");
