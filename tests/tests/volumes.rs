@@ -48,6 +48,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     moves::a_volume_does_not_return_below_an_open_old_handle,
     moves::a_volume_returns_before_it_has_arrived,
     moves::a_volume_grows_while_it_is_copied,
+    moves::a_volume_is_deleted_before_it_has_arrived,
     moves::no_host_looks_into_a_volume,
     refusals::requests_that_make_no_sense_change_nothing,
     refusals::requests_during_a_move_change_nothing,

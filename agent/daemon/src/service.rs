@@ -14,7 +14,7 @@ use dmlocal_model::{
     name::{DmName, Generation, NQN_PREFIX, Role, VolumeId},
     plan::{self, Device, Wait},
     table::CloneStatus,
-    volume::{Borrower, Event, ExportName, LentStage, Record, Tombstone},
+    volume::{Borrower, Event, ExportName, LentStage, ReceivingStage, Record, Tombstone},
 };
 use tokio::sync::Mutex;
 use uuid::Uuid;
@@ -138,7 +138,14 @@ impl Service {
                     admit::delete(which.of(known.record)?, known.handle.as_ref())
                 })
                 .await?;
-                self.volumes.converge(slot, work).await.map(|_| ())
+                let outcome = self.volumes.converge(slot, work).await;
+                let here =
+                    |r: &Record| r.receiving().is_none_or(|r| r.stage != ReceivingStage::Discarded);
+                match outcome {
+                    // Nothing is left here; the source hears of it when it can.
+                    Err(ServiceError::Peer(_)) if !work.record.as_ref().is_some_and(here) => Ok(()),
+                    outcome => outcome.map(|_| ()),
+                }
             })
             .await
     }
@@ -788,7 +795,7 @@ pub fn bytes_left(view: &View) -> Option<u64> {
     let status = view.seen.as_ref().and_then(|seen| seen.clone_status.as_ref());
     use dmlocal_model::volume::ReceivingStage as S;
     Some(match (receiving.stage, status) {
-        (S::Collapsing | S::Parting, _) => 0,
+        (S::Collapsing | S::Parting | S::Discarding | S::Discarded, _) => 0,
         (_, Some(CloneStatus::Working { hydrated, total, .. })) => total
             .saturating_sub(*hydrated)
             .saturating_mul(receiving.region.bytes())

@@ -759,3 +759,26 @@ fn a_volume_grows_while_it_is_copied_and_takes_that_along() {
         assert_eq!(pair.view(2).unwrap().record.size.bytes(), VOLUME_BYTES);
     });
 }
+
+#[test]
+fn a_volume_is_deleted_before_it_has_arrived_and_the_source_lets_go() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        a.attach(pair.id, None).await.unwrap();
+        pair.begin_move(true).await.unwrap();
+        assert_eq!(one(b.delete(pair.id).await), "VOLUME_MOVING", "it is held");
+        b.switch(pair.id).await.unwrap();
+        assert_eq!(one(b.delete(pair.id).await), "VOLUME_ATTACHED");
+        b.detach(pair.id).await.unwrap();
+        b.delete(pair.id).await.unwrap();
+        pair.until(1, |view| view.is_none()).await;
+        a.detach(pair.id).await.ok();
+        pair.until(0, |view| view.is_none()).await;
+        b.delete(pair.id).await.unwrap();
+        assert!(locked(&world).is_clean(0) && locked(&world).is_clean(1));
+    });
+}

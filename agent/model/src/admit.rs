@@ -358,7 +358,18 @@ pub fn create(
 /// # Errors
 /// It is attached, published or moving.
 pub fn delete(record: &Record, handle: Option<&Device>) -> Result<Admitted, Refusal> {
-    at_rest(record)?;
+    match &record.phase {
+        Phase::Deleting => return Ok(Admitted::Already),
+        Phase::Receiving(receiving) => match receiving.stage {
+            // Nobody else writes it any more: it is this node's to delete, failed or not.
+            stage if stage.is_owner() => {}
+            ReceivingStage::Discarding | ReceivingStage::Discarded => {
+                return Ok(Admitted::Already);
+            }
+            _ => at_rest(record)?,
+        },
+        _ => at_rest(record)?,
+    }
     if record.attached || handle.is_some_and(|handle| handle.open_count > 0) {
         return Err(Refusal::VolumeAttached(record.id));
     }
@@ -426,7 +437,7 @@ pub fn attach(
     let mut writable_here = true;
     if let Some(receiving) = record.receiving() {
         not_failed(record.id, receiving)?;
-        if matches!(receiving.stage, ReceivingStage::Aborting | ReceivingStage::Withdrawing) {
+        if is_leaving(receiving.stage) {
             return Err(Refusal::VolumeMoving(record.id));
         }
         writable_here = receiving.stage.is_owner();
@@ -602,9 +613,7 @@ pub fn receive(
     if let Some(existing) = existing {
         return match existing.receiving() {
             Some(receiving) if receiving.source == offer.source => match receiving.stage {
-                ReceivingStage::Aborting | ReceivingStage::Withdrawing => {
-                    Err(Refusal::GrantUnknown(grant))
-                }
+                stage if is_leaving(stage) => Err(Refusal::GrantUnknown(grant)),
                 _ => Ok(Admitted::Already),
             },
             None if existing.came_by == Some(grant) => Ok(Admitted::Already),
@@ -715,7 +724,9 @@ pub fn abort(record: &Record, held_writes: u64) -> Result<Admitted, Refusal> {
             ReceivingStage::Switching
             | ReceivingStage::Hydrating
             | ReceivingStage::Collapsing
-            | ReceivingStage::Parting => Err(Refusal::GrantFenced(receiving.source.grant)),
+            | ReceivingStage::Parting
+            | ReceivingStage::Discarding
+            | ReceivingStage::Discarded => Err(Refusal::GrantFenced(receiving.source.grant)),
         },
         Phase::Creating | Phase::Local | Phase::Deleting => Err(Refusal::VolumeNotHeld(record.id)),
     }
@@ -861,6 +872,12 @@ fn at_rest(record: &Record) -> Result<(), Refusal> {
             Err(Refusal::VolumeMoving(record.id))
         }
     }
+}
+
+/// Whether a received copy is being taken down.
+const fn is_leaving(stage: ReceivingStage) -> bool {
+    use ReceivingStage as S;
+    matches!(stage, S::Aborting | S::Withdrawing | S::Discarding | S::Discarded)
 }
 
 fn not_failed(id: VolumeId, receiving: &Receiving) -> Result<(), Refusal> {

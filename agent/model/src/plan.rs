@@ -297,7 +297,9 @@ pub fn needs_source(record: &Record) -> bool {
         | S::Collapsing
         | S::Parting
         | S::Aborting
-        | S::Withdrawing => false,
+        | S::Withdrawing
+        | S::Discarding
+        | S::Discarded => false,
     });
     in_use && !parting
 }
@@ -427,7 +429,7 @@ impl Plan<'_> {
     /// The middle of a chain: the source's side below, the borrower's above.
     fn relaying(&self, relay: &Relay) -> Next {
         let Relay { receiving, lent } = relay;
-        if receiving.stage == ReceivingStage::Withdrawing {
+        if receiving.stage == ReceivingStage::Discarded {
             return Next::AskThenForget(Call::Release);
         }
         if lent.stage != LentStage::Releasing {
@@ -496,6 +498,11 @@ impl Plan<'_> {
             S::Allocating => self.allocating(receiving),
             S::Aborting => self.aborting(receiving),
             S::Withdrawing => Next::AskThenForget(Call::Revoke),
+            S::Discarding if self.seen.handle.is_some() => one(Step::Remove(Role::Handle)),
+            S::Discarding => {
+                self.dismantled(receiving).unwrap_or(Next::DoThen(Step::RetireAll, Event::Retired))
+            }
+            S::Discarded => Next::AskThenForget(Call::Release),
             stage @ (S::Zeroing
             | S::Assembling
             | S::Held

@@ -12,6 +12,7 @@
 //!                 └───────────┴───────────┴─► Aborting ◄ Held, Refused   Collapsing
 //!                                                 ▼                           ▼
 //!                                            Withdrawing ─► gone           Parting ─► Local
+//!            Hydrating, Collapsing, Parting ─► Discarding ─► Discarded ─► gone
 //!
 //! Relaying: a copy that is received and lent at once; each side goes its own way
 //!           until one of them ends (► Lent, ► Receiving) or both do (► gone).
@@ -243,7 +244,7 @@ impl Record {
                     }
                     // The next holder has everything: both sides end.
                     Event::Retired if lent.stage == LentStage::Releasing => {
-                        receiving.stage = ReceivingStage::Withdrawing;
+                        receiving.stage = ReceivingStage::Discarded;
                     }
                     Event::FenceAsked
                     | Event::Fenced
@@ -305,8 +306,11 @@ impl Record {
         let stone =
             |grant, fate| Tombstone { volume: self.id, incarnation: self.incarnation, grant, fate };
         let arrival = match &self.phase {
-            Phase::Receiving(receiving) => Some(stone(receiving.source.grant, Fate::Aborted)),
-            Phase::Creating
+            Phase::Receiving(receiving) if !receiving.stage.is_taken() => {
+                Some(stone(receiving.source.grant, Fate::Aborted))
+            }
+            Phase::Receiving(_)
+            | Phase::Creating
             | Phase::Local
             | Phase::Lent(_)
             | Phase::Relaying(_)

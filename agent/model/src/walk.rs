@@ -75,6 +75,8 @@ struct Cluster {
     id: VolumeId,
     known: Vec<Known>,
     newest: u64,
+    /// Whether a caller was told that the volume is gone, or will be.
+    deleted: bool,
     /// Regions that the volume has for sure.
     size: usize,
     /// Where the last write was acknowledged.
@@ -102,6 +104,7 @@ impl Cluster {
             id,
             known: vec![blank; REGIONS],
             newest: 0,
+            deleted: false,
             size: SMALL,
             writer: None,
             value: 0,
@@ -468,6 +471,14 @@ impl Cluster {
         outcome
     }
 
+    fn delete(&mut self, node: usize) -> Result<(), Stop> {
+        let (id, handle) = (self.id, self.handle(node));
+        let Some(at) = self.newest_at(node) else { return Ok(()) };
+        self.admit(at, |record| admit::delete(known(record, id)?, handle.as_ref()))?;
+        self.deleted = true;
+        self.converge(at)
+    }
+
     fn attach(&mut self, node: usize, named: bool) -> Result<(), Stop> {
         let (id, handle, boot) = (self.id, self.handle(node), self.world.nodes[node].boot);
         self.request_newest(node, |record| {
@@ -609,7 +620,9 @@ impl Cluster {
 
     fn run(&mut self, op: &Op) {
         let outcome = match *op {
-            // Placement is the caller's: a volume has one home.
+            Op::Delete(node) => self.delete(node),
+            // Placement is the caller's: a volume has one home, and an id one life.
+            Op::Create(_) if self.deleted => Ok(()),
             Op::Create(node) => match self.homes().iter().any(|home| *home != node) {
                 true => Ok(()),
                 false => self.create(node),
@@ -710,7 +723,11 @@ impl Cluster {
 
     fn judge(&mut self) {
         match self.homes().as_slice() {
+            [] if self.deleted => {
+                assert!((0..NODES).all(|node| self.world.is_clean(node)), "something is left");
+            }
             [] => assert_eq!(self.newest, 0, "the only copy is gone"),
+            homes if self.deleted => panic!("it is still at {homes:?}: {:#?}", self.journals),
             [home] => {
                 assert_eq!(self.journals[*home].copies.len(), 1, "{:#?}", self.journals[*home]);
                 let record = self.journals[*home].newest().cloned().unwrap();
@@ -741,6 +758,7 @@ fn known(record: Option<&Record>, id: VolumeId) -> Result<&Record, Refusal> {
 enum Op {
     Create(usize),
     Extend(usize, usize),
+    Delete(usize),
     Attach(usize, bool),
     Detach(usize),
     Move(usize, usize, bool),
@@ -765,6 +783,7 @@ fn any_op() -> impl Strategy<Value = Op> {
     let region = 0usize..REGIONS;
     prop_oneof![
         2 => node.clone().prop_map(Op::Create),
+        1 => node.clone().prop_map(Op::Delete),
         2 => (node.clone(), SMALL..=REGIONS).prop_map(|(node, to)| Op::Extend(node, to)),
         4 => (node.clone(), any::<bool>()).prop_map(|(node, named)| Op::Attach(node, named)),
         2 => node.clone().prop_map(Op::Detach),

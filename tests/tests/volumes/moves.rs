@@ -384,3 +384,20 @@ pub fn a_volume_grows_while_it_is_copied(bed: &Bed) -> Result<()> {
     volume.wait_until_alone(a)?;
     volume.delete(a)
 }
+
+pub fn a_volume_is_deleted_before_it_has_arrived(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    volume.move_slowly(a, b)?;
+    let delete = format!("volume delete {}", volume.id);
+    refused(b, &delete, "VOLUME_ATTACHED")?;
+    ctl(b, &format!("volume detach {}", volume.id))?;
+    a.exec(&["systemctl", "stop", "dmlocald"])?.ok()?;
+    // Nothing waits for a source that is not there.
+    ctl(b, &delete)?;
+    let left = b.shell("lvs --noheadings -o lv_name @dmlocal")?.ok()?;
+    ensure!(left.is_empty(), "still at the destination: {left}");
+    a.exec(&["systemctl", "start", "dmlocald"])?.ok()?;
+    volume.wait_until_gone(b)?;
+    volume.wait_until_gone(a)
+}

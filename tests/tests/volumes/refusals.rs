@@ -129,7 +129,7 @@ pub fn requests_during_a_move_change_nothing(bed: &Bed) -> Result<()> {
     all_refused(a, &volume, &fenced)?;
     let hydrating = [
         ("volume abort ID", "GRANT_FENCED"),
-        ("volume delete ID", "VOLUME_MOVING"),
+        ("volume delete ID", "VOLUME_ATTACHED"),
         (back, "HANDLE_IN_USE"),
     ];
     all_refused(b, &volume, &hydrating)?;

@@ -182,7 +182,10 @@ fn state(view: &View) -> v1::VolumeState {
         ReceivingStage::Hydrating if view.stalled_since.is_some() => S::Stalled,
         ReceivingStage::Hydrating => S::Hydrating,
         ReceivingStage::Collapsing | ReceivingStage::Parting => S::Collapsing,
-        ReceivingStage::Aborting | ReceivingStage::Withdrawing => S::Releasing,
+        ReceivingStage::Aborting
+        | ReceivingStage::Withdrawing
+        | ReceivingStage::Discarding
+        | ReceivingStage::Discarded => S::Releasing,
     }
 }
 

@@ -78,6 +78,11 @@ pub enum ReceivingStage {
     Aborting,
     /// Nothing of it is left here; the source is to be told.
     Withdrawing,
+    /// On its way out, on a caller's word, although not everything was here.
+    Discarding,
+    /// Nothing of it is left here; the source is to be told that its copy may go
+    /// as well.
+    Discarded,
 }
 
 impl ReceivingStage {
@@ -90,7 +95,12 @@ impl ReceivingStage {
     /// Whether the source has been asked for the fence, and may have answered.
     pub const fn is_taken(self) -> bool {
         match self {
-            Self::Switching | Self::Hydrating | Self::Collapsing | Self::Parting => true,
+            Self::Switching
+            | Self::Hydrating
+            | Self::Collapsing
+            | Self::Parting
+            | Self::Discarding
+            | Self::Discarded => true,
             Self::Allocating
             | Self::Zeroing
             | Self::Assembling
@@ -152,6 +162,11 @@ impl Receiving {
                 S::Aborting
             }
             (S::Aborting, Event::Retired) => S::Withdrawing,
+            (S::Hydrating | S::Collapsing | S::Parting | S::Discarding, Event::DeleteAsked) => {
+                self.failure = None;
+                S::Discarding
+            }
+            (S::Discarding, Event::Retired) => S::Discarded,
             (
                 stage @ (S::Held | S::Refused | S::Switching | S::Hydrating),
                 Event::Failed(failure),
