@@ -44,10 +44,16 @@ struct Args {
 enum Command {
     /// Check the configuration file and exit.
     CheckConfig,
+    /// Let everything fail that waits for a source, and drop the connections: for
+    /// a machine that goes down, once nobody uses its volumes any more.
+    CutSources,
 }
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
+    if let Some(Command::CutSources) = args.command {
+        return Ok(kernel::real::cut_sources()?);
+    }
     let config = Config::load(&args.config)
         .with_context(|| format!("configuration {}", args.config.display()))?;
     if let Some(Command::CheckConfig) = args.command {

@@ -27,7 +27,10 @@ use dmlocal_model::units::DevNo;
 use nix::errno::Errno;
 use uuid::Uuid;
 
-use super::dm::{describe, interruptible};
+use super::{
+    dm::{describe, interruptible},
+    nvmet::MODEL,
+};
 
 /// Where sysfs is, but for tests.
 pub const SYS: &str = "/sys";
@@ -136,6 +139,19 @@ fn controllers(sys: &Path, nqn: &str) -> io::Result<Vec<String>> {
     for name in entries(&class)? {
         if attribute(&class.join(&name).join("subsysnqn"))?.as_deref() == Some(nqn) {
             found.push(name);
+        }
+    }
+    Ok(found)
+}
+
+/// The NQNs of all subsystems that a dmlocal exports and this node is connected to.
+pub fn ours() -> io::Result<Vec<String>> {
+    let class = Path::new(SYS).join("class/nvme");
+    let mut found = Vec::new();
+    for name in entries(&class)? {
+        let of = |what: &str| attribute(&class.join(&name).join(what));
+        if of("model")?.as_deref() == Some(MODEL) {
+            found.extend(of("subsysnqn")?);
         }
     }
     Ok(found)

@@ -10,7 +10,7 @@ use std::{
 };
 
 use dmlocal_model::{
-    name::{LVM_UUID_PREFIX, NQN_PREFIX, Role, VolumeId, handle_name},
+    name::{DmName, LVM_UUID_PREFIX, NQN_PREFIX, Role, VolumeId, handle_name},
     plan::{self, Device, Import, Lv, Presence, Seen, Step},
     table::{CloneStatus, Table, Target},
     units::{DevNo, Sectors},
@@ -559,6 +559,27 @@ impl Kernel for RealKernel {
             (_, second) => Err(StepError::Refused(format!("not committed: {second:?}"))),
         }
     }
+}
+
+/// Lets everything that waits for a source fail, and drops the connections of
+/// every import.
+///
+/// # Errors
+/// The first thing that could not be done; the rest is tried all the same.
+pub fn cut_sources() -> Result<(), StepError> {
+    let dm = Dm::open()?;
+    let mut outcome = Ok(());
+    for device in dm.ours()? {
+        let queues = |table: &Table| matches!(table.target, Target::Queue { .. });
+        if device.table.as_ref().is_some_and(queues) {
+            let name = DmName { name: device.name, uuid: device.uuid };
+            outcome = outcome.and(dm.message(&name, FAIL_IF_NO_PATH));
+        }
+    }
+    for nqn in nvme::ours()? {
+        outcome = outcome.and(nvme::disconnect(&nqn, DISCONNECT));
+    }
+    Ok(outcome?)
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
