@@ -66,9 +66,13 @@ const SCENARIOS: &[Scenario] = scenarios![
     faults::a_source_behind_a_pulled_cable_is_waited_for,
 ];
 
-/// Those that take long because they wait for the kernel's own timeouts: left out
-/// unless `DMLOCAL_FULL` is set or they are asked for by name.
-const FULL: &[&str] = &["a_source_behind_a_pulled_cable_is_waited_for"];
+/// Those that take long because they wait for the kernel's own timeouts, or for a
+/// whole shutdown: left out unless `DMLOCAL_FULL` is set or they are asked for by
+/// name.
+const FULL: &[&str] = &[
+    "a_destination_boots_while_its_source_is_away",
+    "a_source_behind_a_pulled_cable_is_waited_for",
+];
 
 fn main() -> ExitCode {
     let mut wanted = false;
