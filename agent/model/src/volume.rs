@@ -25,6 +25,8 @@
 
 mod lent;
 mod receiving;
+#[cfg(test)]
+mod test;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -246,11 +248,13 @@ impl Record {
                     Event::Retired if lent.stage == LentStage::Releasing => {
                         receiving.stage = ReceivingStage::Discarded;
                     }
+                    // What is lent is nobody's to delete, whatever it still lacks.
                     Event::FenceAsked
                     | Event::Fenced
                     | Event::RevokeAsked
                     | Event::Revoked
-                    | Event::ReleaseAsked => {
+                    | Event::ReleaseAsked
+                    | Event::DeleteAsked => {
                         lent.stage = lent.stage.after(&event).ok_or(illegal)?;
                     }
                     event => receiving.after(event).1.ok_or(illegal)?,
