@@ -1,7 +1,7 @@
 //! What volumes and their moves do on nodes with real kernels, told as sentences.
 //!
-//! `cargo xtask test` runs these. They share two nodes, because each scenario has
-//! to leave nothing behind; one that fails takes the nodes with it. libtest has
+//! `cargo xtask test` runs these, two or more at a time. They share nodes, because
+//! each scenario has to leave nothing behind; one that fails takes its nodes with it. libtest has
 //! no place to take a shared cluster down, so this program runs its scenarios by
 //! itself and understands as much of libtest's command line as is used here.
 
@@ -18,6 +18,8 @@ mod stays;
 
 use std::env;
 use std::process::ExitCode;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -94,44 +96,78 @@ fn main() -> ExitCode {
         println!("ignored: the scenarios need virtual machines: cargo xtask test");
         return ExitCode::SUCCESS;
     }
-    let chosen = SCENARIOS
-        .iter()
-        .filter(|(name, _)| names.is_empty() || names.iter().any(|part| name.contains(part)));
-    let (mut bed, mut failed, mut count) = (None, Vec::new(), 0);
     let full = env::var_os("DMLOCAL_FULL").is_some() || !names.is_empty();
-    for (name, scenario) in chosen {
-        if FULL.contains(name) && !full {
-            println!("scenario {name} ... left out: takes long, see --full");
+    let mut chosen = Vec::new();
+    for scenario @ (name, _) in SCENARIOS {
+        if !names.is_empty() && !names.iter().any(|part| name.contains(part)) {
             continue;
         }
-        let started = Instant::now();
-        let mut outcome = run(&mut bed, scenario);
-        if outcome.is_err()
-            && let Some(why) = bed.as_ref().and_then(Bed::emulator_failed)
-        {
-            println!("scenario {name} ... once more on new nodes: {why}");
-            drop(bed.take());
-            outcome = run(&mut bed, scenario);
-        }
-        count += 1;
-        let took = started.elapsed().as_secs_f64();
-        match outcome {
-            Ok(()) => println!("scenario {name} ... ok ({took:.1} s)"),
-            Err(error) => {
-                println!("scenario {name} ... FAILED ({took:.1} s)\n{error:?}\n");
-                failed.push(*name);
-                if let Some(bed) = bed.take() {
-                    bed.keep_logs(name);
-                }
-            }
+        if FULL.contains(name) && !full {
+            println!("scenario {name} ... left out: takes long, see --full");
+        } else {
+            chosen.push(scenario);
         }
     }
+    let count = chosen.len();
+    let queue = Mutex::new(chosen.into_iter());
+    let failed = Mutex::new(Vec::new());
+    // Nodes wait for each other, for udev and for timeouts about half of the time.
+    let lanes = thread::available_parallelism().map_or(1, usize::from).clamp(1, 4).min(count);
+    thread::scope(|scope| {
+        for _ in 0..lanes {
+            scope.spawn(|| {
+                let mut bed = None;
+                while let Some((name, scenario)) = next(&queue) {
+                    if !passes(&mut bed, name, scenario) {
+                        locked(&failed).push(*name);
+                    }
+                }
+            });
+        }
+    });
+    let failed = locked(&failed);
     println!("\n{} of {count} scenarios passed", count - failed.len());
     if failed.is_empty() {
         return ExitCode::SUCCESS;
     }
     println!("failed: {}", failed.join(", "));
     ExitCode::FAILURE
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn next<T>(queue: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
+    locked(queue).next()
+}
+
+/// Runs a scenario and tells how it went; nodes on which one failed are not used
+/// again.
+fn passes(bed: &mut Option<Bed>, name: &str, scenario: &fn(&Bed) -> Result<()>) -> bool {
+    let started = Instant::now();
+    let mut outcome = run(bed, scenario);
+    if outcome.is_err()
+        && let Some(why) = bed.as_ref().and_then(Bed::emulator_failed)
+    {
+        println!("scenario {name} ... once more on new nodes: {why}");
+        drop(bed.take());
+        outcome = run(bed, scenario);
+    }
+    let took = started.elapsed().as_secs_f64();
+    match outcome {
+        Ok(()) => {
+            println!("scenario {name} ... ok ({took:.1} s)");
+            true
+        }
+        Err(error) => {
+            println!("scenario {name} ... FAILED ({took:.1} s)\n{error:?}\n");
+            if let Some(bed) = bed.take() {
+                bed.keep_logs(name);
+            }
+            false
+        }
+    }
 }
 
 /// Runs a scenario on the nodes that there are, or on new ones.
