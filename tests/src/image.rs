@@ -37,6 +37,12 @@ pub struct Image {
     boot: Boot,
 }
 
+/// Makes what takes longest and needs nothing of this project's own, unless it is
+/// there. Meant to run while the project is built.
+pub fn prepare() -> Result<()> {
+    artefact("debian", &debian::RECIPE, debian::make).map(drop)
+}
+
 impl Image {
     /// The image for this host and this source, made now if it is not there yet.
     /// `guest` is the program that runs commands inside nodes.

@@ -3,6 +3,7 @@
 use std::env;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -35,9 +36,17 @@ pub(crate) fn cargo(arguments: &[&str], variables: &[(&str, &str)]) -> Result<()
 /// Builds what goes onto nodes, and installs what that takes.
 pub(crate) fn build_for_nodes() -> Result<()> {
     packages::ensure(&[packages::BUILDING, packages::NODES].concat())?;
-    // The tests are built along, so that this and `cargo test` agree on every
-    // dependency's features and build each once.
-    cargo(&["build", "--release", "--workspace", "--bins", "--tests", "--quiet"], &[])
+    thread::scope(|scope| {
+        let base = scope.spawn(dmlocal_testbed::image::prepare);
+        // The tests are built along, so that this and `cargo test` agree on every
+        // dependency's features and build each once.
+        let built =
+            cargo(&["build", "--release", "--workspace", "--bins", "--tests", "--quiet"], &[]);
+        match base.join() {
+            Ok(prepared) => built.and(prepared),
+            Err(_) => bail!("preparing the nodes' system panicked"),
+        }
+    })
 }
 
 /// Namespaces and bridges are root's: begins again under sudo when somebody
