@@ -39,7 +39,9 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
         return Ok(());
     }
     run::build_for_nodes()?;
-    let scenarios = ["test", "--release", "--no-fail-fast", "-p", "dmlocal-testbed"];
+    // Of the whole workspace: one package alone would have its dependencies built
+    // anew, with fewer features.
+    let scenarios = ["test", "--release", "--no-fail-fast", "--workspace"];
     let of = ["--test", "scenarios", "--test", "volumes", "--"];
     // Two at a time: nodes wait about half of the time.
     let by_two = ["--ignored", "--test-threads", "2"];
