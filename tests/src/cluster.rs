@@ -53,6 +53,8 @@ pub struct Cluster {
     state: State,
     network: Network,
     nodes: Vec<Node>,
+    /// Whether this value started it, and takes it down; not one that only looks.
+    goes_with_this: bool,
 }
 
 /// What is written down about a cluster.
@@ -91,6 +93,7 @@ impl Cluster {
         fs::write(directory.join("cluster.json"), serde_json::to_vec(&state)?)
             .context("noting the cluster")?;
         let mut cluster = Cluster::with(directory, state);
+        cluster.goes_with_this = true;
         match cluster.bring_up(&image, options) {
             Ok(()) => Ok(cluster),
             Err(error) => {
@@ -154,7 +157,7 @@ impl Cluster {
             .iter()
             .map(|&letter| Node::new(&directory.join(node_name(letter)), letter, &network))
             .collect();
-        Cluster { directory, state, network, nodes }
+        Cluster { directory, state, network, nodes, goes_with_this: false }
     }
 
     fn bring_up(&mut self, image: &Image, options: &Options) -> Result<()> {
@@ -247,7 +250,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        if self.state.owner.is_none() || !self.directory.exists() {
+        if !self.goes_with_this || self.state.owner.is_none() || !self.directory.exists() {
             return;
         }
         let kept = if thread::panicking() { self.keep_logs() } else { Ok(()) };
