@@ -69,9 +69,28 @@ const SCENARIOS: &[Scenario] = scenarios![
     faults::a_source_behind_a_pulled_cable_is_waited_for,
 ];
 
-/// Those that take long because they wait for the kernel's own timeouts, or for a
-/// whole shutdown: left out unless `DMLOCAL_FULL` is set or they are asked for by
-/// name.
+/// How much of the scenarios runs: `DMLOCAL_SCENARIOS` says `long` or `full`, and a
+/// scenario that is asked for by name always runs.
+const EXTENT: &str = "DMLOCAL_SCENARIOS";
+
+/// Those that a change has to pass, and that are too much for every try: `--long`.
+const LONG: &[&str] = &[
+    "writes_overlap_with_copying",
+    "a_detached_volume_moves_cold_and_an_attached_one_does_not",
+    "what_a_page_cache_holds_at_the_source_arrives",
+    "two_volumes_pass_each_other",
+    "a_volume_does_not_return_below_an_open_old_handle",
+    "a_volume_grows_while_it_is_copied",
+    "a_volume_is_deleted_before_it_has_arrived",
+    "no_host_looks_into_a_volume",
+    "a_kernel_without_dm_clone_is_named",
+    "agents_killed_while_a_volume_arrives_go_on",
+    "agents_killed_while_copying_go_on",
+    "agents_killed_while_parting_go_on",
+    "a_source_that_lost_power_is_waited_for",
+];
+
+/// Those that wait for the kernel's own timeouts, or for a whole shutdown: `--full`.
 const FULL: &[&str] = &[
     "a_destination_boots_while_its_source_is_away",
     "a_source_behind_a_pulled_cable_is_waited_for",
@@ -97,14 +116,18 @@ fn main() -> ExitCode {
         println!("ignored: the scenarios need virtual machines: cargo xtask test");
         return ExitCode::SUCCESS;
     }
-    let full = env::var_os("DMLOCAL_FULL").is_some() || !names.is_empty();
+    let extent = env::var(EXTENT).unwrap_or_default();
+    let full = extent == "full" || !names.is_empty();
+    let long = extent == "long" || full;
     let mut chosen = Vec::new();
     for scenario @ (name, _) in SCENARIOS {
         if !names.is_empty() && !names.iter().any(|part| name.contains(part)) {
             continue;
         }
         if FULL.contains(name) && !full {
-            println!("scenario {name} ... left out: takes long, see --full");
+            println!("scenario {name} ... left out: runs with --full");
+        } else if LONG.contains(name) && !long {
+            println!("scenario {name} ... left out: runs with --long");
         } else {
             chosen.push(scenario);
         }

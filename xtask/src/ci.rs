@@ -5,8 +5,8 @@ use dmlocal_testbed::packages;
 
 use crate::{run, tidy};
 
-/// Tells the scenarios that time does not matter.
-const FULL: &str = "DMLOCAL_FULL";
+/// Tells the scenarios how many of them are to run.
+const EXTENT: &str = "DMLOCAL_SCENARIOS";
 
 #[derive(clap::Args)]
 pub(crate) struct TestArguments {
@@ -16,8 +16,11 @@ pub(crate) struct TestArguments {
     /// Runs only the tests with this in their names
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
-    /// Runs the scenarios too that take too long for every change
+    /// Runs more scenarios: what a change has to pass
     #[arg(long, conflicts_with = "no_vm")]
+    long: bool,
+    /// Runs every scenario, also those that wait for long timeouts
+    #[arg(long, conflicts_with_all = ["no_vm", "long"])]
     full: bool,
 }
 
@@ -45,8 +48,12 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
     let of = ["--test", "scenarios", "--test", "volumes", "--"];
     // One after another: two clusters at once would only slow each other down.
     let one_by_one = ["--ignored", "--test-threads", "1"];
-    let full: &[_] = if arguments.full { &[(FULL, "yes")] } else { &[] };
-    run::cargo(&[&scenarios[..], &of, &one_by_one, &only].concat(), full)
+    let extent: &[_] = match (arguments.long, arguments.full) {
+        (_, true) => &[(EXTENT, "full")],
+        (true, _) => &[(EXTENT, "long")],
+        _ => &[],
+    };
+    run::cargo(&[&scenarios[..], &of, &one_by_one, &only].concat(), extent)
 }
 
 pub(crate) fn ci(arguments: &CiArguments) -> Result<()> {
@@ -60,5 +67,5 @@ pub(crate) fn ci(arguments: &CiArguments) -> Result<()> {
     if arguments.no_test {
         return Ok(());
     }
-    test(&TestArguments { no_vm: false, only: None, full: false })
+    test(&TestArguments { no_vm: false, only: None, long: true, full: false })
 }
