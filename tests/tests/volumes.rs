@@ -50,6 +50,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     moves::two_volumes_pass_each_other,
     moves::a_volume_does_not_return_below_an_open_old_handle,
     moves::a_volume_returns_before_it_has_arrived,
+    moves::a_held_volume_grows_at_its_source,
     moves::a_volume_grows_while_it_is_copied,
     moves::a_volume_is_deleted_before_it_has_arrived,
     moves::no_host_looks_into_a_volume,

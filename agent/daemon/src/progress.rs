@@ -25,6 +25,8 @@ pub struct Progress {
     /// Whether this process has dropped the handle's page cache since consumers
     /// may write.
     pub cache_dropped: bool,
+    /// Whether this process has told the borrower of the export's size.
+    pub announced: bool,
     budget: Option<Budget>,
     stalled_since: Option<SystemTime>,
     resting: bool,
@@ -42,13 +44,14 @@ impl Progress {
     pub fn observe(&mut self, record: &Record, seen: &mut Seen, pool_is_high: bool, now: Instant) {
         seen.tuned = self.tuned;
         seen.cache_dropped = self.cache_dropped;
+        seen.announced = self.announced;
         let hydrating =
             record.receiving().filter(|receiving| receiving.stage == ReceivingStage::Hydrating);
         let (Some(receiving), Some(CloneStatus::Working { hydrated, total, .. })) =
             (hydrating, &seen.clone_status)
         else {
-            let Self { tuned, cache_dropped, .. } = *self;
-            *self = Self { tuned, cache_dropped, ..Self::default() };
+            let Self { tuned, cache_dropped, announced, .. } = *self;
+            *self = Self { tuned, cache_dropped, announced, ..Self::default() };
             return;
         };
         let here = hydrated.saturating_mul(receiving.region.bytes());

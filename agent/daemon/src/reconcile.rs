@@ -22,8 +22,9 @@ use std::{
 
 use dmlocal_model::{
     admit::{Claim, Refusal},
-    name::{Generation, VolumeId},
+    name::{Generation, Role, VolumeId},
     plan::{self, Call, Device, Next, Seen, Step, Wait},
+    units::Sectors,
     volume::{Event, Failure, Fate, ReceivingStage, Record, Tombstone},
 };
 use tokio::{
@@ -631,6 +632,8 @@ impl Volumes {
             Step::LoadClone { .. } => work.progress.tuned = None,
             Step::OpenHandle(_) => work.progress.cache_dropped = false,
             Step::DropCache(_) => work.progress.cache_dropped = outcome.is_ok(),
+            Step::Set(Role::Export, _) => work.progress.announced = false,
+            Step::Announce(_) => work.progress.announced = outcome.is_ok(),
             // Counted down rather than asked for again: LVM is slow to answer, and
             // refuses by itself what does not fit.
             Step::Allocate { meta: Some(meta), .. } => {
@@ -762,6 +765,10 @@ impl Volumes {
                 let (peer, claim) = source_of(record, receiving);
                 match self.peers.fence(&peer, record.id, &claim).await {
                     Ok(size) if size == receiving.length.bytes() => Ok(Event::SourceFenced),
+                    // It grew while it was held: nothing is kept here yet.
+                    Ok(size) if size > receiving.length.bytes() && receiving.source.hold => {
+                        Ok(Event::SourceGrew(Sectors::from_bytes(size)))
+                    }
                     Ok(size) => Err(ServiceError::SizeMismatch {
                         source_bytes: size,
                         here: receiving.length.bytes(),
@@ -921,6 +928,9 @@ fn name_of(step: &Step) -> String {
 fn describe(record: &Record, rest: Rest, resting: bool) -> String {
     if let Some(failure) = record.receiving().and_then(|receiving| receiving.failure.as_ref()) {
         return failure.why.clone();
+    }
+    if record.receiving().is_some_and(|receiving| receiving.rebuild.is_some()) {
+        return "the source has grown: this copy follows".to_owned();
     }
     if record.receiving().is_some_and(|receiving| receiving.stage == ReceivingStage::Refused) {
         return "the source has withdrawn its grant: only an abort is left".to_owned();

@@ -413,7 +413,7 @@ fn bad_requests_are_refused_with_a_reason_and_change_nothing() {
 
         let held = pair.begin_move(true).await.unwrap();
         assert_eq!(one(a.delete(id).await), "VOLUME_PUBLISHED");
-        assert_eq!(one(a.extend(id, 2 * VOLUME_BYTES).await), "VOLUME_PUBLISHED");
+        assert_eq!(one(a.extend(id, VOLUME_BYTES / 2).await), "SIZE_SMALLER");
         assert_eq!(one(a.grant(id, to("n2", 3), "nqn".into(), true).await), "VOLUME_MOVING");
         assert_eq!(one(a.grant(id, to("n2", 7), "nqn".into(), true).await), "GRANT_EXISTS");
         assert_eq!(one(b.grant(id, to("n0", 4), "nqn".into(), true).await), "VOLUME_MOVING");
@@ -757,6 +757,48 @@ fn a_volume_grows_while_it_is_copied_and_takes_that_along() {
         pair.until(1, |view| view.is_none()).await;
         assert_eq!((pair.read(2, 0), pair.read(2, 3)), (Io::Done(10), Io::Done(13)));
         assert_eq!(pair.view(2).unwrap().record.size.bytes(), VOLUME_BYTES);
+    });
+}
+
+#[test]
+fn a_held_volume_grows_at_its_source_and_the_destination_follows() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        let half = VOLUME_BYTES / 2;
+        a.create(pair.id, half, "").await.unwrap();
+        a.attach(pair.id, None).await.unwrap();
+        assert_eq!(pair.write(0, 1, 11), Io::Done(()));
+        pair.begin_move(true).await.unwrap();
+        a.extend(pair.id, half + REGION_BYTES).await.unwrap();
+        assert_eq!(pair.write(0, 2, 12), Io::Done(()));
+        let follows = |size: u64| {
+            move |view: Option<&View>| {
+                let record = view.map(|view| &view.record);
+                record.is_some_and(|record| {
+                    let receiving = record.receiving();
+                    record.size.bytes() == size && receiving.is_some_and(|r| r.rebuild.is_none())
+                })
+            }
+        };
+        pair.until(1, follows(half + REGION_BYTES)).await;
+        assert_eq!(pair.read(1, 2), Io::Done(12), "the destination has not followed");
+        assert_eq!(pair.write(1, 3, 1), Io::Failed, "behind the end");
+
+        // Once more, and the switch at once: the fence tells the size.
+        a.extend(pair.id, VOLUME_BYTES).await.unwrap();
+        assert_eq!(pair.write(0, 3, 13), Io::Done(()));
+        b.switch(pair.id).await.unwrap();
+        assert_eq!(one(a.extend(pair.id, VOLUME_BYTES).await), "VOLUME_FENCED");
+        pair.until(1, is_local).await;
+        for (region, value) in [(0, 0), (1, 11), (2, 12), (3, 13)] {
+            assert_eq!(pair.read(1, region), Io::Done(value));
+        }
+        assert_eq!(pair.view(1).unwrap().record.size.bytes(), VOLUME_BYTES);
+        a.detach(pair.id).await.ok();
+        pair.until(0, |view| view.is_none()).await;
     });
 }
 

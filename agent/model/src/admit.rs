@@ -376,7 +376,8 @@ pub fn delete(record: &Record, handle: Option<&Device>) -> Result<Admitted, Refu
     journal(record, Event::DeleteAsked)
 }
 
-/// Grows a volume.
+/// Grows a volume. While it is held elsewhere it grows here, where it is written,
+/// and the other side follows.
 ///
 /// # Errors
 /// It is moving, would shrink, or finds no room.
@@ -385,6 +386,10 @@ pub fn extend(record: &Record, size: u64, pool: &PoolRoom) -> Result<Admitted, R
         // It is this node's alone already; what it grows by is not copied.
         Phase::Receiving(receiving) if receiving.stage.is_owner() => {
             not_failed(record.id, receiving)?;
+        }
+        Phase::Lent(lent) if lent.is_held() => {}
+        Phase::Relaying(relay) if relay.lent.is_held() && relay.receiving.stage.is_owner() => {
+            not_failed(record.id, &relay.receiving)?;
         }
         _ => at_rest(record)?,
     }
@@ -671,6 +676,7 @@ pub fn receive(
             region,
             floor: 0,
             stage: ReceivingStage::Allocating,
+            rebuild: None,
             failure: None,
         })),
     })))

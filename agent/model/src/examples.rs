@@ -10,8 +10,8 @@ use crate::{
     table::{CloneStatus, Table, Target},
     units::{DevNo, Sectors},
     volume::{
-        Borrower, Event, ExportName, Failure, Lent, LentStage, Phase, Receiving, ReceivingStage,
-        Record, Source,
+        Borrower, Event, ExportName, Failure, Lent, LentStage, Phase, Rebuild, Receiving,
+        ReceivingStage, Record, Source,
     },
 };
 
@@ -80,6 +80,7 @@ fn receiving(stage: ReceivingStage) -> Record {
         region: REGION,
         floor: 2,
         stage,
+        rebuild: None,
         failure: None,
     })))
 }
@@ -116,12 +117,13 @@ fn swing() -> Seen {
         discards_blocked: true,
         held: 0,
         published: Presence::Absent,
-        import: Import { connected: true, namespace: Some(NAMESPACE), live: true },
+        import: Import { connected: true, namespace: Some(NAMESPACE), size: None, live: true },
         path_failed: false,
         connecting: false,
         resting: false,
         tuned: Some((Tuning::default().threshold, Tuning::default().batch)),
         cache_dropped: true,
+        announced: true,
     }
 }
 
@@ -148,6 +150,42 @@ fn the_first_held_write_asks_for_the_switch() {
     let seen = Seen { handle: handle(Target::Hold { device: CLONE }), held: 1, ..swing() };
     assert_eq!(next(&receiving(ReceivingStage::Held), &seen), Next::Journal(Event::SwitchAsked));
     assert_eq!(next(&receiving(ReceivingStage::Switching), &seen), Next::Ask(Call::Fence));
+}
+
+#[test]
+fn a_held_handle_grows_only_over_what_fails_every_write() {
+    let grown = Sectors(2 * SIZE.0);
+    let mut record = receiving(ReceivingStage::Held);
+    let Phase::Receiving(receiving) = &mut record.phase else { panic!() };
+    (receiving.length, receiving.rebuild) = (grown, Some(Rebuild::Emptying));
+    record.size = grown;
+    let import = Import { size: Some(grown), ..swing().import };
+    let through = Target::ReadOnly { device: SRC, offset: Sectors(0) };
+    let long = |number, target| {
+        Some(Device { table: Some(Table::whole(grown, target)), ..device(number, Target::Error) })
+    };
+    let mut seen = Seen {
+        data: Some(Lv { device: DATA, length: grown }),
+        src: long(SRC, Target::Queue { path: Some(NAMESPACE) }),
+        handle: handle(Target::Hold { device: CLONE }),
+        import,
+        ..swing()
+    };
+    // First, because what the swap of the handle lets go of must not be acknowledged.
+    let stand_in = Table::whole(grown, through.clone());
+    let Next::Do(steps) = next(&record, &seen) else { panic!() };
+    assert_eq!(steps, [Step::Set(Role::Clone, stand_in)]);
+    (seen.clone, seen.clone_status) = (long(CLONE, through), None);
+    let Next::Do(steps) = next(&record, &seen) else { panic!() };
+    assert_eq!(steps, [Step::GrowHeld(Table::whole(grown, Target::Hold { device: CLONE }))]);
+    // What waits already goes on waiting, in the handle as it is.
+    seen.held = 1;
+    assert_eq!(next(&record, &seen), Next::DoThen(Step::ZeroMeta(META), Event::Zeroed));
+    let Phase::Receiving(receiving) = &mut record.phase else { panic!() };
+    receiving.rebuild = None;
+    (seen.clone, seen.clone_status, seen.held) =
+        (long(CLONE, clone_table()), swing().clone_status, 0);
+    assert_eq!(next(&record, &seen), Next::Wait(Wait::Switch), "over a clone it stays");
 }
 
 #[test]
@@ -253,13 +291,13 @@ fn a_clone_that_goes_back_in_time_stops_its_consumer_at_once() {
 
 #[test]
 fn copying_rests_while_the_source_is_silent_and_its_path_stays() {
-    let away = Import { connected: true, namespace: Some(NAMESPACE), live: false };
+    let away = Import { connected: true, namespace: Some(NAMESPACE), size: None, live: false };
     let seen = Seen { handle: handle(over_clone()), import: away, ..swing() };
     assert_eq!(
         next(&receiving(ReceivingStage::Hydrating), &seen),
         Next::Do(vec![Step::Hydrate(false)])
     );
-    let gone = Import { connected: false, namespace: None, live: false };
+    let gone = Import { connected: false, namespace: None, size: None, live: false };
     let mut seen = Seen { import: gone, ..seen };
     seen.clone_status = Some(CloneStatus::Working {
         hydrated: 3,
@@ -277,7 +315,7 @@ fn copying_rests_while_the_source_is_silent_and_its_path_stays() {
 #[test]
 fn a_namespace_with_a_new_number_becomes_the_path() {
     let number = DevNo { major: 259, minor: 7 };
-    let import = Import { connected: true, namespace: Some(number), live: true };
+    let import = Import { connected: true, namespace: Some(number), size: None, live: true };
     let seen = Seen { import, ..swing() };
     assert_eq!(
         next(&receiving(ReceivingStage::Hydrating), &seen),

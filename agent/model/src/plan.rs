@@ -20,8 +20,8 @@ use crate::{
     table::{CloneStatus, Table, Target},
     units::{DevNo, Sectors},
     volume::{
-        Event, ExportName, Failure, Lent, LentStage, Phase, Receiving, ReceivingStage, Record,
-        Relay,
+        Event, ExportName, Failure, Lent, LentStage, Phase, Rebuild, Receiving, ReceivingStage,
+        Record, Relay,
     },
 };
 
@@ -63,6 +63,8 @@ pub struct Seen {
     /// Whether the handle's page cache is known to have been dropped since
     /// consumers may write.
     pub cache_dropped: bool,
+    /// Whether the borrower is known to have been told of the export's size.
+    pub announced: bool,
 }
 
 /// A logical volume that is active.
@@ -108,6 +110,8 @@ pub struct Import {
     pub connected: bool,
     /// The namespace's block device, found by its UUID.
     pub namespace: Option<DevNo>,
+    /// Its size, as the initiator knows it.
+    pub size: Option<Sectors>,
     /// Whether a controller is live: requests are answered, not queued.
     pub live: bool,
 }
@@ -123,10 +127,12 @@ pub enum Step {
         /// received.
         meta: Option<u64>,
     },
-    /// Grow the data LV.
+    /// Grow the data LV; what is as large already stays.
     Grow {
         /// Its new size.
         to: Sectors,
+        /// New size of the metadata LV in bytes, where there is one to grow.
+        meta: Option<u64>,
     },
     /// Zero the start of the metadata LV and remove it; absent is success.
     RetireMeta,
@@ -155,6 +161,9 @@ pub enum Step {
     /// Let consumers write: drop what is clean in the handle's page cache, give
     /// it this table, and drop that again.
     OpenHandle(Table),
+    /// Give a handle that holds writes back this larger table; refused while a write
+    /// waits in it, because a swap lets it go.
+    GrowHeld(Table),
     /// Drop what is clean in the page cache of this device.
     DropCache(DevNo),
     /// Make the clone refuse discards.
@@ -179,6 +188,15 @@ pub enum Step {
         export: ExportName,
         /// Who may connect.
         host_nqn: String,
+    },
+    /// Tell the borrower that the export may have another size.
+    Announce(ExportName),
+    /// Ask the source for the size of what is imported, until it is at least this.
+    Rescan {
+        /// Identity of the export.
+        export: ExportName,
+        /// What it must have.
+        at_least: Sectors,
     },
     /// Take the export down, the port first.
     Unpublish {
@@ -373,10 +391,13 @@ impl Plan<'_> {
 
     fn local(&self) -> Next {
         let Some(data) = &self.seen.data else { return Next::Wait(Wait::Pool) };
-        if let Some(to) = self.record.growing {
-            return Next::DoThen(Step::Grow { to }, Event::Grown);
-        }
-        self.own_handle(data).unwrap_or(Next::Settled)
+        self.grown().or_else(|| self.own_handle(data)).unwrap_or(Next::Settled)
+    }
+
+    /// A growth that was begun.
+    fn grown(&self) -> Option<Next> {
+        let to = self.record.growing?;
+        Some(Next::DoThen(Step::Grow { to, meta: None }, Event::Grown))
     }
 
     /// The handle of a volume that this node may write.
@@ -403,7 +424,11 @@ impl Plan<'_> {
             (Some(data), _) => data,
             (None, _) => return Next::Wait(Wait::Pool),
         };
-        self.handed_over(lent, data.device, self.table(read_only(data.device, Sectors(0))))
+        self.grown()
+            .or_else(|| {
+                let export = self.table(read_only(data.device, Sectors(0)));
+                self.handed_over(lent, data.device, export)
+            })
             .or_else(|| self.own_handle(data))
             .unwrap_or(Next::Wait(Wait::Peer))
     }
@@ -456,9 +481,11 @@ impl Plan<'_> {
         if live != Some(&table) {
             return Some(one(Step::Set(Role::Export, table)));
         }
-        (self.seen.published != Presence::Complete).then(|| {
-            one(Step::Publish { export: lent.export.clone(), host_nqn: lent.host_nqn.clone() })
-        })
+        let export = lent.export.clone();
+        if self.seen.published != Presence::Complete {
+            return Some(one(Step::Publish { export, host_nqn: lent.host_nqn.clone() }));
+        }
+        (!self.seen.announced).then(|| one(Step::Announce(export)))
     }
 
     fn unexported(&self, lent: &Lent) -> Option<Next> {
@@ -512,8 +539,8 @@ impl Plan<'_> {
             | S::Collapsing
             | S::Parting) => {
                 let Some(data) = &self.seen.data else { return Next::Wait(Wait::Pool) };
-                if let Some(to) = self.record.growing {
-                    return Next::DoThen(Step::Grow { to }, Event::Grown);
+                if let Some(next) = self.grown() {
+                    return next;
                 }
                 match stage {
                     S::Collapsing => self
@@ -574,6 +601,13 @@ impl Plan<'_> {
         if receiving.stage == S::Zeroing {
             return Next::DoThen(Step::ZeroMeta(meta.device), Event::Zeroed);
         }
+        if let Some(rebuild) = receiving.rebuild {
+            // Also because it may refuse: then there is nothing to follow.
+            if receiving.stage == S::Switching {
+                return Next::Ask(Call::Fence);
+            }
+            return self.rebuilding(receiving, data, meta, rebuild);
+        }
         let armed = receiving.stage != S::Assembling;
         if !armed && self.seen.import.namespace.is_none() {
             return one(Step::Connect(receiving.source.export.clone()));
@@ -600,12 +634,18 @@ impl Plan<'_> {
                 let export = self.over_clone(receiving, clone.number, data.device, read_only);
                 self.top(&table, Step::OpenHandle).or_else(|| self.handed_on(clone.number, export))
             }
-            _ => self.handle(&self.table(Target::Hold { device: clone.number }), Self::set_handle),
+            _ => self.held_handle(clone.number, false),
         };
         if let Some(next) = stacked {
             return next;
         }
         match receiving.stage {
+            S::Held | S::Switching
+                if self.seen.import.size.is_some_and(|size| size > receiving.length) =>
+            {
+                let size = self.seen.import.size.unwrap_or(receiving.length);
+                Next::Journal(Event::SourceGrew(size))
+            }
             S::Held if self.seen.held > 0 => Next::Journal(Event::SwitchAsked),
             S::Held | S::Refused => Next::Wait(Wait::Switch),
             S::Switching => Next::Ask(Call::Fence),
@@ -613,15 +653,75 @@ impl Plan<'_> {
         }
     }
 
-    /// The clone on its metadata, its destination and its source, refusing
-    /// discards; or what must be done first.
-    fn clone_built(
-        &self,
-        receiving: &Receiving,
-        data: &Lv,
-        meta: &Lv,
-        armed: bool,
-    ) -> Result<&Device, Box<Next>> {
+    /// The handle of a copy whose source may still be written. A swap lets go of what
+    /// it holds: so it grows only while what is below fails every write, and no write
+    /// waits; otherwise when it is opened.
+    fn held_handle(&self, below: DevNo, may_grow: bool) -> Option<Next> {
+        let length = self.record.receiving().map_or(self.record.size, |r| r.length);
+        let wanted = Table::whole(length, Target::Hold { device: below });
+        let live = self.seen.handle.as_ref().and_then(|handle| handle.table.as_ref());
+        match live {
+            Some(live)
+                if self.record.attached
+                    && live.target == wanted.target
+                    && live.length < wanted.length =>
+            {
+                (may_grow && self.seen.held == 0).then(|| one(Step::GrowHeld(wanted)))
+            }
+            _ => self.handle(&wanted, Self::set_handle),
+        }
+    }
+
+    /// The source has grown while it was held: the LVs grow, and a clone of the new
+    /// size takes the place of the unused one. Meanwhile what stands in its place
+    /// reads from the source and fails every write, so that nothing which the handle
+    /// lets go of by mistake is acknowledged.
+    fn rebuilding(&self, receiving: &Receiving, data: &Lv, meta: &Lv, rebuild: Rebuild) -> Next {
+        let length = receiving.length;
+        if let Some(next) = self.source_reached(receiving) {
+            return next;
+        }
+        let import = &self.seen.import;
+        if !import.live || import.namespace.is_none() {
+            return Next::Wait(Wait::Source);
+        }
+        if import.size.is_none_or(|size| size < length) {
+            let export = receiving.source.export.clone();
+            return one(Step::Rescan { export, at_least: length });
+        }
+        if rebuild == Rebuild::Emptied {
+            return match self.clone_built(receiving, data, meta, false) {
+                Ok(_) => Next::Journal(Event::Armed),
+                Err(next) => *next,
+            };
+        }
+        let meta_bytes = hydration::metadata_bytes(length, receiving.region);
+        if data.length < length || meta.length.bytes() < meta_bytes {
+            return one(Step::Grow { to: length, meta: Some(meta_bytes) });
+        }
+        let src = match self.src_built(receiving) {
+            Ok(src) => src,
+            Err(next) => return *next,
+        };
+        if let Some(clone) = &self.seen.clone
+            && clone.table.is_some()
+        {
+            let through = Self::copied(receiving, read_only(src.number, Sectors(0)));
+            if clone.table.as_ref() != Some(&through) {
+                return one(Step::Set(Role::Clone, through));
+            }
+            if clone.suspended {
+                return one(Step::Resume(Role::Clone));
+            }
+            if let Some(next) = self.held_handle(clone.number, true) {
+                return next;
+            }
+        }
+        Next::DoThen(Step::ZeroMeta(meta.device), Event::Zeroed)
+    }
+
+    /// The way to the source, or what must be done first.
+    fn src_built(&self, receiving: &Receiving) -> Result<&Device, Box<Next>> {
         let namespace = self.seen.import.namespace;
         let src = match &self.seen.src {
             None => {
@@ -637,11 +737,25 @@ impl Plan<'_> {
             _ => None,
         };
         // A source that is away keeps the path it had: its requests wait there.
-        if src.table.is_none() || (namespace.is_some() && path != namespace) {
+        let is_short = src.table.as_ref().is_some_and(|table| table.length < receiving.length);
+        if src.table.is_none() || (namespace.is_some() && (path != namespace || is_short)) {
             let path = namespace;
             let table = Self::copied(receiving, Target::Queue { path });
             return Err(Box::new(one(Step::Set(Role::Src, table))));
         }
+        Ok(src)
+    }
+
+    /// The clone on its metadata, its destination and its source, refusing
+    /// discards; or what must be done first.
+    fn clone_built(
+        &self,
+        receiving: &Receiving,
+        data: &Lv,
+        meta: &Lv,
+        armed: bool,
+    ) -> Result<&Device, Box<Next>> {
+        let src = self.src_built(receiving)?;
         let target = Target::Clone {
             meta: meta.device,
             dest: data.device,
@@ -651,6 +765,13 @@ impl Plan<'_> {
         let table = Self::copied(receiving, target);
         let clone = match &self.seen.clone {
             Some(clone) if clone.table.as_ref() == Some(&table) => clone,
+            // What has stood in for a clone that is made anew.
+            Some(Device {
+                table: Some(Table { target: Target::ReadOnly { device, .. }, .. }),
+                ..
+            }) if receiving.rebuild == Some(Rebuild::Emptied) && *device == src.number => {
+                return Err(Box::new(one(Step::LoadClone { table, floor: None })));
+            }
             // Another live table on it would be a second instance of the
             // metadata, or somebody else's work.
             Some(Device { table: Some(_), .. }) => {

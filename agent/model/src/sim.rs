@@ -130,6 +130,13 @@ fn is_handle(uuid: &str, id: VolumeId) -> bool {
     handle_of(uuid) == Some(&format!("{DM_UUID_PREFIX}{id}"))
 }
 
+#[derive(Debug, Clone, Copy)]
+struct Imported {
+    number: DevNo,
+    /// As the initiator knows it; the source's device may have grown since.
+    length: Sectors,
+}
+
 /// One node's kernel and disks.
 #[derive(Debug, Clone)]
 pub struct Node {
@@ -141,8 +148,8 @@ pub struct Node {
     mapped: BTreeMap<String, Mapped>,
     /// Export NQN to the number of what is exported.
     exports: BTreeMap<String, DevNo>,
-    /// Import NQN to the namespace's number.
-    imports: BTreeMap<String, DevNo>,
+    /// Import NQN to the namespace.
+    imports: BTreeMap<String, Imported>,
 }
 
 /// All nodes and what connects them.
@@ -258,7 +265,7 @@ impl World {
         let node = &self.nodes[node];
         let taken: BTreeSet<u32> = (node.lvs.values().map(|lv| lv.number))
             .chain(node.mapped.values().map(|mapped| mapped.number))
-            .chain(node.imports.values().copied())
+            .chain(node.imports.values().map(|import| import.number))
             .map(|number| number.minor)
             .collect();
         let minor = (0..).find(|minor| !taken.contains(minor)).unwrap_or(u32::MAX);
@@ -395,11 +402,21 @@ impl World {
             .find_map(|(index, node)| Some((index, *node.exports.get(nqn)?)))
     }
 
+    /// What a host that asks now is told of an export's size.
+    fn exported_length(&self, nqn: &str) -> Option<Sectors> {
+        let (node, number) = self.reached(nqn)?;
+        self.mapped_by(node, number)?.1.live.as_ref().map(|table| table.length)
+    }
+
     fn read(&self, node: usize, number: DevNo, region: usize) -> Io<u64> {
         if let Some((_, lv)) = self.lv_by(node, number) {
             return Io::Done(lv.now[region]);
         }
-        if let Some((nqn, _)) = self.nodes[node].imports.iter().find(|(_, n)| **n == number) {
+        let mut imports = self.nodes[node].imports.iter();
+        if let Some((nqn, import)) = imports.find(|(_, import)| import.number == number) {
+            if region as u64 * REGION.0 >= import.length.0 {
+                return Io::Failed;
+            }
             return match self.reached(nqn) {
                 Some((there, exported)) => self.read(there, exported, region),
                 None => Io::Waits,
@@ -561,7 +578,8 @@ impl World {
             let namespace = here.imports.get(nqn).copied();
             Import {
                 connected: namespace.is_some(),
-                namespace,
+                namespace: namespace.map(|import| import.number),
+                size: namespace.map(|import| import.length),
                 live: namespace.is_some() && self.reached(nqn).is_some(),
             }
         });
@@ -595,6 +613,7 @@ impl World {
             resting: false,
             tuned: Some((record.tuning.threshold, record.tuning.batch)),
             cache_dropped: true,
+            announced: true,
         }
     }
 
@@ -618,10 +637,16 @@ impl World {
                 };
                 return Ok(Some(Event::Allocated { data, meta }));
             }
-            Step::Grow { to } => {
+            Step::Grow { to, meta: meta_size } => {
                 self.act()?;
                 if let Some(lv) = self.nodes[node].lvs.get_mut(&data) {
-                    lv.length = *to;
+                    lv.length = Sectors(lv.length.0.max(to.0));
+                }
+                if let Some(size) = meta_size {
+                    self.act()?;
+                    if let Some(lv) = self.nodes[node].lvs.get_mut(&meta) {
+                        lv.length = Sectors::from_bytes(*size);
+                    }
                 }
             }
             Step::RetireMeta => self.remove_lv(node, &meta)?,
@@ -666,6 +691,13 @@ impl World {
                 }
                 self.set(node, &name(Role::Clone), table)?;
             }
+            Step::GrowHeld(table) => {
+                let handle = self.nodes[node].mapped.get(&name(Role::Handle));
+                if handle.is_some_and(|handle| !handle.held.is_empty()) {
+                    return Err(Fault::Mismatch("a write waits in the handle".into()));
+                }
+                self.set(node, &name(Role::Handle), table)?;
+            }
             Step::Remove(role) => self.remove(node, &name(*role), false)?,
             Step::RemoveDeferred(role) => self.remove(node, &name(*role), true)?,
             Step::SuspendHandle => {
@@ -703,6 +735,27 @@ impl World {
                 let below = below.ok_or_else(|| Fault::Refused("nothing to export".into()))?;
                 self.nodes[node].exports.insert(export.subsystem_nqn.clone(), below);
             }
+            Step::Announce(export) => {
+                self.act()?;
+                let nqn = &export.subsystem_nqn;
+                for borrower in 0..self.nodes.len() {
+                    let length = self.exported_length(nqn);
+                    let import = self.nodes[borrower].imports.get_mut(nqn);
+                    if let (Some(import), Some(length)) = (import, length) {
+                        import.length = length;
+                    }
+                }
+            }
+            Step::Rescan { export, at_least } => {
+                self.act()?;
+                let nqn = &export.subsystem_nqn;
+                let length = self.exported_length(nqn);
+                let import = self.nodes[node].imports.get_mut(nqn);
+                match (import, length) {
+                    (Some(import), Some(length)) if length >= *at_least => import.length = length,
+                    _ => return Err(Fault::Refused("the source is not as large".into())),
+                }
+            }
             Step::Unpublish { export, .. } => {
                 self.act()?;
                 self.nodes[node].exports.remove(&export.subsystem_nqn);
@@ -717,7 +770,8 @@ impl World {
                     return Err(Fault::Refused("no answer".into()));
                 }
                 let number = self.free_number(node);
-                self.nodes[node].imports.insert(nqn.clone(), number);
+                let length = self.exported_length(nqn).unwrap_or(Sectors(0));
+                self.nodes[node].imports.insert(nqn.clone(), Imported { number, length });
             }
             Step::Disconnect(export) => {
                 self.act()?;
@@ -771,7 +825,7 @@ impl World {
         for device in table.devices() {
             let exists = self.lv_by(node, device).is_some()
                 || self.mapped_by(node, device).is_some()
-                || self.nodes[node].imports.values().any(|number| *number == device);
+                || self.nodes[node].imports.values().any(|import| import.number == device);
             if !exists {
                 return Err(Fault::Refused(format!("{device} is absent")));
             }

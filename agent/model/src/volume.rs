@@ -33,7 +33,7 @@ use uuid::Uuid;
 
 pub use self::{
     lent::{Borrower, Lent, LentStage},
-    receiving::{Failure, Receiving, ReceivingStage, Source},
+    receiving::{Failure, Rebuild, Receiving, ReceivingStage, Source},
 };
 
 use crate::{
@@ -134,6 +134,8 @@ pub enum Event {
     },
     /// The data LV has its new size.
     Grown,
+    /// The source is larger than what is received: it grew before the fence.
+    SourceGrew(Sectors),
     /// The start of the clone metadata is zero.
     Zeroed,
     /// The clone is complete and may be handed out.
@@ -205,7 +207,10 @@ impl Record {
             (Phase::Creating | Phase::Local | Phase::Deleting, Event::DeleteAsked) => {
                 self.phase = Phase::Deleting;
             }
-            (Phase::Local | Phase::Receiving(_), Event::Grown) => {
+            (
+                Phase::Local | Phase::Lent(_) | Phase::Receiving(_) | Phase::Relaying(_),
+                Event::Grown,
+            ) => {
                 if let Some(size) = self.growing.take() {
                     self.size = size;
                 }
@@ -221,11 +226,19 @@ impl Record {
             }
             (Phase::Lent(lent), event) => {
                 lent.stage = lent.stage.after(&event).ok_or(illegal)?;
+                if lent.stage == LentStage::Fencing {
+                    // The fence tells the size; what has not grown by then does not.
+                    self.growing = None;
+                }
             }
             (Phase::Receiving(receiving), Event::SourceReleased)
                 if receiving.stage == ReceivingStage::Parting =>
             {
                 self.phase = Phase::Local;
+            }
+            (Phase::Receiving(receiving), event @ Event::SourceGrew(size)) => {
+                receiving.after(event).1.ok_or(illegal)?;
+                self.size = size;
             }
             (Phase::Receiving(receiving), event) => {
                 let (data, done) = receiving.after(event);
@@ -256,6 +269,9 @@ impl Record {
                     | Event::ReleaseAsked
                     | Event::DeleteAsked => {
                         lent.stage = lent.stage.after(&event).ok_or(illegal)?;
+                        if lent.stage == LentStage::Fencing {
+                            self.growing = None;
+                        }
                     }
                     event => receiving.after(event).1.ok_or(illegal)?,
                 }

@@ -372,10 +372,23 @@ impl Cluster {
                 self.sent.push((number(&source), Message::Fence(claim.clone())));
                 let answer = self.call(node, &source, |cluster, there| {
                     let at = At { node: there, generation: claim.generation.0 };
-                    cluster.request(at, |record| admit::fence(known(record, id)?, &claim))
+                    cluster.request(at, |record| admit::fence(known(record, id)?, &claim))?;
+                    cluster
+                        .record(at)
+                        .map(|record| record.size)
+                        .ok_or_else(|| Stop::Stuck("the source is gone".into()))
                 })?;
+                let length = record.receiving().unwrap().length;
                 match answer {
-                    Ok(()) => Ok(Event::SourceFenced),
+                    Ok(size)
+                        if size > length && self.sabotage != Some(Sabotage::ForgetsTheGrowth) =>
+                    {
+                        Ok(Event::SourceGrew(size))
+                    }
+                    Ok(size) => {
+                        assert!(size >= length, "the source has shrunk");
+                        Ok(Event::SourceFenced)
+                    }
                     Err(refusal) => {
                         self.journal(at, Event::SourceRefused)?;
                         Err(Stop::Stuck(refusal.to_string()))
@@ -879,8 +892,11 @@ fn story(cluster: &mut Cluster) -> Result<(), Stop> {
     cluster.begin_move(0, 1, true)?;
     cluster.read(1, 0);
     cluster.write(0, 1);
+    cluster.extend(0, SMALL + 1)?;
+    cluster.write(0, SMALL);
+    cluster.converge_all(1)?;
+    cluster.read(1, SMALL);
     cluster.switch(1)?;
-    cluster.extend(1, SMALL + 1)?;
     cluster.write(1, SMALL);
     cluster.extend(1, REGIONS)?;
     cluster.read(1, REGIONS - 1);

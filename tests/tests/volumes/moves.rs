@@ -339,6 +339,58 @@ pub fn a_volume_returns_before_it_has_arrived(bed: &Bed) -> Result<()> {
     volume.delete(a)
 }
 
+pub fn a_held_volume_grows_at_its_source(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    let device = &volume.device;
+    volume.start_move(a, b, "--hold --wait")?;
+    let writer = volume.write(a, "--rate 20")?;
+    let user = b.spawn(&["sh", "-c", &format!("exec 3<{device}; echo open; sleep infinity")])?;
+    user.wait_for_text("open", SOON)?;
+    let grow = |mib: u64| ctl(a, &format!("volume extend {} --size {mib}MiB", volume.id));
+    let put = |at: u64| {
+        a.shell(&format!(
+            "dd if=/dev/urandom of=/root/tail bs=1M count=8 status=none
+            dd if=/root/tail of={device} bs=1M seek={at} oflag=direct status=none"
+        ))
+    };
+    let sum = |at: u64| {
+        format!("dd if={device} bs=1M skip={at} count=8 iflag=direct status=none | cksum")
+    };
+    // The other side follows by itself, and those who have it open see it.
+    for mib in [48, 64] {
+        let extended = grow(mib)?;
+        ensure!(extended["size_bytes"] == mib << 20, "{extended}");
+        put(mib - 8)?.ok()?;
+        let size = (mib << 20).to_string();
+        until("the held handle to grow", SOON, || {
+            let seen = b.exec(&["blockdev", "--getsize64", device])?.ok()?;
+            Ok(if seen == size { Ok(()) } else { Err(seen) })
+        })?;
+        let (there, here) = (a.shell(&sum(mib - 8))?.ok()?, b.shell(&sum(mib - 8))?.ok()?);
+        ensure!(there == here, "the destination reads other data in what has grown");
+    }
+    let table = b.exec(&["dmsetup", "table", device])?.ok()?;
+    ensure!(table.contains(" delay "), "it holds no more: {table}");
+    writer.check()?;
+    // Switched before the other side can have followed: the fence tells the size.
+    grow(80)?;
+    put(72)?.ok()?;
+    writer.stop(a)?;
+    volume.carry_state(a, b)?;
+    let before =
+        a.shell(&format!("dd if={device} bs=1M iflag=direct status=none | cksum"))?.ok()?;
+    ctl(b, &format!("volume switch {}", volume.id))?;
+    volume.verify(b)?;
+    kill_agent(b)?;
+    user.kill();
+    volume.finish_move(a, b)?;
+    let after = b.shell(&format!("dd if={device} bs=1M iflag=direct status=none | cksum"))?.ok()?;
+    ensure!(before == after, "what has grown arrived with other data: {before}, {after}");
+    a.shell("rm /root/tail")?.ok()?;
+    volume.delete(b)
+}
+
 pub fn a_volume_grows_while_it_is_copied(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create_full(a, 32)?;

@@ -100,7 +100,7 @@ pub fn requests_during_a_move_change_nothing(bed: &Bed) -> Result<()> {
     let back = "volume move ID --from https://node-b:7450 --to https://node-a:7450 --hold";
     let published = [
         ("volume delete ID", "VOLUME_PUBLISHED"),
-        ("volume extend ID --size 64MiB", "VOLUME_PUBLISHED"),
+        ("volume extend ID --size 16MiB", "SIZE_SMALLER"),
         ("volume create ID --size 64MiB", "VOLUME_EXISTS"),
         ("MOVE --hold", "VOLUME_MOVING"),
         ("volume switch ID", "VOLUME_NOT_HELD"),

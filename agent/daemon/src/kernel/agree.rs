@@ -46,6 +46,7 @@ const STORY: &[&str] = &[
     "grant",
     "Set Export flakey(data)",
     "Publish",
+    "Announce",
     "Wait Peer",
     "fence",
     "Flush data",
@@ -120,6 +121,7 @@ struct Story<'a> {
     told: Vec<String>,
     tuned: Option<(u32, u32)>,
     cache_dropped: bool,
+    announced: bool,
 }
 
 fn granted(outcome: Result<Admitted, admit::Refusal>, before: &Record) -> Record {
@@ -203,6 +205,7 @@ impl Story<'_> {
             let seen = Seen {
                 tuned: self.tuned,
                 cache_dropped: self.cache_dropped,
+                announced: self.announced,
                 ..self.stage.kernel().look(&record).unwrap()
             };
             match plan::next(&record, &seen) {
@@ -215,6 +218,8 @@ impl Story<'_> {
                                 self.tuned = Some((threshold, batch));
                             }
                             Step::DropCache(_) => self.cache_dropped = true,
+                            Step::Set(Role::Export, _) => self.announced = false,
+                            Step::Announce(_) => self.announced = true,
                             _ => {}
                         }
                     }
@@ -403,7 +408,8 @@ pub(super) const HOST: Uuid = Uuid::from_u128(0x6c61_7374_0000_4000_8000_0000_00
 
 /// Leads a stage through the story.
 pub(super) fn tell(stage: &dyn Stage) {
-    let mut story = Story { stage, told: Vec::new(), tuned: None, cache_dropped: false };
+    let mut story =
+        Story { stage, told: Vec::new(), tuned: None, cache_dropped: false, announced: false };
     story.run();
     let told: Vec<&str> = story.told.iter().map(String::as_str).collect();
     assert_eq!(told, STORY);

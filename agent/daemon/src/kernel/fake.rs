@@ -93,7 +93,7 @@ impl Kernel for FakeKernel {
 
     fn look(&self, record: &Record) -> Result<Seen, StepError> {
         let seen = locked(&self.world).look(self.node, record);
-        Ok(Seen { tuned: None, cache_dropped: false, ..seen })
+        Ok(Seen { tuned: None, cache_dropped: false, announced: false, ..seen })
     }
 
     fn handle(&self, id: VolumeId) -> Result<Option<Device>, StepError> {

@@ -128,7 +128,7 @@ pub trait Kernel: Send + Sync + 'static {
     fn ours(&self) -> Result<Vec<String>, StepError>;
 
     /// Everything that is there for a volume. `connecting`, `resting`,
-    /// `tuned` and `cache_dropped` are the caller's to fill in.
+    /// `tuned`, `cache_dropped` and `announced` are the caller's to fill in.
     ///
     /// # Errors
     /// Something cannot be asked.

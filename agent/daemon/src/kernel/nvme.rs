@@ -23,7 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dmlocal_model::units::DevNo;
+use dmlocal_model::units::{DevNo, Sectors};
 use nix::errno::Errno;
 use uuid::Uuid;
 
@@ -92,6 +92,8 @@ pub struct Seen {
     pub namespace: Option<DevNo>,
     /// The name of the namespace's block device.
     pub namespace_name: Option<String>,
+    /// Its size.
+    pub size: Option<Sectors>,
     /// Whether a controller is live, so that requests go through now.
     pub live: bool,
 }
@@ -124,6 +126,8 @@ fn observe_in(sys: &Path, import: &Import) -> io::Result<Seen> {
             if is_namespace(&name)
                 && let Some(number) = namespace(&parent.join(&name), import.uuid)?
             {
+                let size = attribute(&parent.join(&name).join("size"))?;
+                seen.size = size.and_then(|size| size.parse().ok()).map(Sectors);
                 (seen.namespace, seen.namespace_name) = (Some(number), Some(name));
                 return Ok(seen);
             }
@@ -256,6 +260,34 @@ pub fn connect(import: &Import, deadline: Duration) -> io::Result<()> {
         }
         if Instant::now() >= end {
             let text = format!("{} does not show namespace {}", import.nqn, import.uuid);
+            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+        }
+        thread::sleep(POLL);
+    }
+}
+
+/// Asks the peer what its namespaces are like now, and waits until the import has at
+/// least this size. The peer tells by itself when one grows; its word may be lost.
+///
+/// # Errors
+/// [`io::ErrorKind::TimedOut`] if it is smaller at the deadline.
+pub fn rescan(import: &Import, at_least: Sectors, deadline: Duration) -> io::Result<()> {
+    let end = Instant::now() + deadline;
+    for name in controllers(Path::new(SYS), &import.nqn)? {
+        // Only queues the work (drivers/nvme/host/sysfs.c, `nvme_sysfs_rescan`).
+        let path = Path::new(SYS).join("class/nvme").join(name).join("rescan_controller");
+        match fs::write(&path, "1") {
+            Err(error) if !is_gone(&error) => return Err(at("write", &path, error)),
+            Err(_) | Ok(()) => {}
+        }
+    }
+    loop {
+        let seen = observe(import)?;
+        if seen.size.is_some_and(|size| size >= at_least) {
+            return Ok(());
+        }
+        if Instant::now() >= end {
+            let text = format!("{} has {:?}, not {at_least}", import.nqn, seen.size);
             return Err(io::Error::new(io::ErrorKind::TimedOut, text));
         }
         thread::sleep(POLL);

@@ -198,6 +198,18 @@ impl Nvmet {
         self.ensure_link(&subsystem, &port.join("subsystems").join(&export.nqn))
     }
 
+    /// Tells connected hosts of the size that the exported device has now
+    /// (drivers/nvme/target/configfs.c, `nvmet_ns_revalidate_size_store`).
+    ///
+    /// # Errors
+    /// It is not exported.
+    pub fn revalidate(&self, nqn: &str) -> io::Result<()> {
+        check_nqn(nqn)?;
+        let path = self.namespace(nqn).join("revalidate_size");
+        // It cannot be read.
+        self.tree.write(&path, "1").map_err(|error| at("write", &path, error))
+    }
+
     /// Withdraws the export, whatever half of it is there. One that does not
     /// exist is withdrawn. When this returns, no request of the host is in flight.
     pub fn unpublish(&self, export: &Export) -> io::Result<()> {

@@ -444,6 +444,7 @@ impl Kernel for RealKernel {
                 Import {
                     connected: !seen.controllers.is_empty(),
                     namespace: seen.namespace,
+                    size: seen.size,
                     live: seen.live,
                 }
             }
@@ -479,6 +480,7 @@ impl Kernel for RealKernel {
             resting: false,
             tuned: None,
             cache_dropped: false,
+            announced: false,
         })
     }
 
@@ -494,9 +496,12 @@ impl Kernel for RealKernel {
         let name = |role| plan::dm_name(record, role);
         match step {
             Step::Allocate { data, meta } => return self.allocate(record, *data, *meta).map(Some),
-            Step::Grow { to } => {
-                let (data, _) = plan::lv_names(record);
+            Step::Grow { to, meta: meta_size } => {
+                let (data, meta) = plan::lv_names(record);
                 self.vg(&record.pool)?.extend(&data, to.bytes())?;
+                if let Some(size) = meta_size {
+                    self.vg(&record.pool)?.extend(&meta, *size)?;
+                }
             }
             Step::RetireMeta => self.retire(record, false)?,
             Step::RetireAll => self.retire(record, true)?,
@@ -517,6 +522,13 @@ impl Kernel for RealKernel {
             Step::SuspendHandle => self.dm.suspend(&name(Role::Handle), SWAP)?,
             Step::Resume(role) => self.dm.resume(&name(*role))?,
             Step::OpenHandle(table) => self.open_handle(record, table)?,
+            Step::GrowHeld(table) => {
+                let held = self.held(record)?;
+                if held > 0 {
+                    return Err(StepError::Refused(format!("{held} writes wait in the handle")));
+                }
+                self.set(record, Role::Handle, table)?;
+            }
             Step::DropCache(device) => block::drop_clean_cache(*device)?,
             Step::BlockDiscards(device) => block::block_discards(*device)?,
             Step::Hydrate(true) => self.message_clone(record, "enable_hydration")?,
@@ -531,6 +543,10 @@ impl Kernel for RealKernel {
             }
             Step::Publish { export, host_nqn } => {
                 self.nvmet.publish(&self.export(record, export, host_nqn)?)?;
+            }
+            Step::Announce(export) => self.nvmet.revalidate(&export.subsystem_nqn)?,
+            Step::Rescan { export, at_least } => {
+                nvme::rescan(&self.import(export)?, *at_least, CONNECT)?;
             }
             Step::Unpublish { export, host_nqn } => {
                 self.nvmet.unpublish(&self.export(record, export, host_nqn)?)?;

@@ -34,6 +34,13 @@ pub struct Lent {
     pub stage: LentStage,
 }
 
+impl Lent {
+    /// Whether consumers here may still write.
+    pub fn is_held(&self) -> bool {
+        self.hold && self.stage == LentStage::Published
+    }
+}
+
 /// How far a hand-over is at the source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

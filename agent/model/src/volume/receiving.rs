@@ -24,6 +24,9 @@ pub struct Receiving {
     pub floor: u64,
     /// How far the copy is.
     pub stage: ReceivingStage,
+    /// The source has grown before it was fenced: the clone is made anew, and the
+    /// handle holds until it is, although the source may be fenced by then.
+    pub rebuild: Option<Rebuild>,
     /// Why nothing more may be done until the node has rebooted.
     pub failure: Option<Failure>,
 }
@@ -85,6 +88,18 @@ pub enum ReceivingStage {
     Discarded,
 }
 
+/// How far an unused clone is on its way to another size. Nothing is kept here
+/// before the fence, so nothing is lost with it; whatever is read meanwhile comes
+/// from the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rebuild {
+    /// The LVs are grown, and the old clone gives way.
+    Emptying,
+    /// The metadata starts with zeros, or holds a clone that nobody has used.
+    Emptied,
+}
+
 impl ReceivingStage {
     /// Whether the source has answered that it is fenced: this copy is the
     /// volume, and may be handed on.
@@ -138,6 +153,23 @@ impl Receiving {
             (S::Zeroing, Event::Zeroed) => S::Assembling,
             (S::Assembling, Event::Armed) if self.source.hold => S::Held,
             (S::Assembling, Event::Armed) => S::Switching,
+            (stage @ (S::Held | S::Switching), Event::SourceGrew(size)) if size > self.length => {
+                self.length = size;
+                self.rebuild = Some(Rebuild::Emptying);
+                stage
+            }
+            (stage @ (S::Held | S::Refused | S::Hydrating), Event::Zeroed)
+                if self.rebuild.is_some() =>
+            {
+                self.rebuild = Some(Rebuild::Emptied);
+                stage
+            }
+            (stage @ (S::Held | S::Refused | S::Hydrating), Event::Armed)
+                if self.rebuild == Some(Rebuild::Emptied) =>
+            {
+                self.rebuild = None;
+                stage
+            }
             (S::Held | S::Refused | S::Switching, Event::SwitchAsked) => S::Switching,
             (S::Switching, Event::SourceFenced) => S::Hydrating,
             (S::Switching, Event::SourceRefused) if self.source.hold => S::Refused,
@@ -159,6 +191,7 @@ impl Receiving {
             ) => {
                 // Nothing of it is needed any more, whatever it was.
                 self.failure = None;
+                self.rebuild = None;
                 S::Aborting
             }
             (S::Aborting, Event::Retired) => S::Withdrawing,

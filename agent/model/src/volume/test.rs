@@ -25,9 +25,11 @@ const RECEIVING: &str = "
     Assembling --Armed--> Held
     Assembling --AbortAsked--> Aborting
     Held --SwitchAsked--> Switching
+    Held --SourceGrew--> Held
     Held --AbortAsked--> Aborting
     Held --Failed--> Held
     Switching --SwitchAsked--> Switching
+    Switching --SourceGrew--> Switching
     Switching --SourceFenced--> Hydrating
     Switching --SourceRefused--> Refused
     Switching --Failed--> Switching
@@ -52,6 +54,7 @@ fn events() -> Vec<Event> {
     let failure = Failure { why: "why".into(), boot: Uuid::from_u128(1) };
     vec![
         Event::Allocated { data: "data".into(), meta: Some("meta".into()) },
+        Event::SourceGrew(Sectors(16)),
         Event::Zeroed,
         Event::Armed,
         Event::SwitchAsked,
@@ -105,6 +108,7 @@ fn receiving(stage: ReceivingStage, hold: bool) -> Receiving {
         region: Sectors(8),
         floor: 0,
         stage,
+        rebuild: None,
         failure: None,
     }
 }

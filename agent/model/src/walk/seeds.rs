@@ -26,7 +26,7 @@ use crate::{
     plan::{Call, Next, Step, Wait},
     table::{Table, Target},
     units::Sectors,
-    volume::{Event, LentStage, Record},
+    volume::{Event, LentStage, ReceivingStage, Record},
 };
 
 /// Walks of a run.
@@ -54,10 +54,12 @@ pub(super) enum Sabotage {
     ZeroesAgain,
     /// An abort lets go of the writes that it holds.
     SealsTheWrongWay,
+    /// What the source has grown by while it was held is left out.
+    ForgetsTheGrowth,
 }
 
 impl Sabotage {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::FenceLeavesTheHandle,
         Self::FenceDoesNotFlush,
         Self::OpensUnasked,
@@ -66,6 +68,7 @@ impl Sabotage {
         Self::CollapsesEarly,
         Self::ZeroesAgain,
         Self::SealsTheWrongWay,
+        Self::ForgetsTheGrowth,
     ];
 
     /// What is done instead.
@@ -83,6 +86,13 @@ impl Sabotage {
             }
             (Self::FenceDoesNotFlush, Next::DoThen(Step::Flush(_), Event::Fenced)) => {
                 Next::Journal(Event::Fenced)
+            }
+            (Self::ForgetsTheGrowth, Next::Journal(Event::SourceGrew(_))) => {
+                let switching = record.receiving().map(|receiving| receiving.stage);
+                match switching {
+                    Some(ReceivingStage::Switching) => Next::Ask(Call::Fence),
+                    _ => Next::Wait(Wait::Switch),
+                }
             }
             (Self::OpensUnasked, Next::Ask(Call::Fence)) => Next::Journal(Event::SourceFenced),
             (Self::HoldsNothing, Next::Do(steps)) => match steps.as_slice() {
