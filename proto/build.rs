@@ -16,6 +16,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             "dmlocal.v1.Volume.state",
             "#[serde(serialize_with = \"crate::serialize_state\")]",
         )
+        .field_attribute(
+            "dmlocal.v1.Snapshot.state",
+            "#[serde(serialize_with = \"crate::serialize_snapshot_state\")]",
+        )
         .compile_fds(files)?;
     Ok(())
 }

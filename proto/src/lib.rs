@@ -42,14 +42,31 @@ fn serialize_state<S: Serializer>(state: &i32, serializer: S) -> Result<S::Ok, S
     serializer.serialize_str(&state_word(*state))
 }
 
+/// The same for the state of a snapshot.
+pub fn snapshot_state_word(state: i32) -> String {
+    match v1::SnapshotState::try_from(state) {
+        Ok(v1::SnapshotState::Unspecified) | Err(_) => "unknown".to_owned(),
+        Ok(known) => known.as_str_name().trim_start_matches("SNAPSHOT_STATE_").to_ascii_lowercase(),
+    }
+}
+
+fn serialize_snapshot_state<S: Serializer>(state: &i32, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&snapshot_state_word(*state))
+}
+
 #[cfg(test)]
 mod test {
-    use super::{state_word, v1::VolumeState};
+    use super::{
+        snapshot_state_word, state_word,
+        v1::{SnapshotState, VolumeState},
+    };
 
     #[test]
     fn states_are_bare_words() {
         assert_eq!(state_word(VolumeState::Hydrating as i32), "hydrating");
         assert_eq!(state_word(0), "unknown");
         assert_eq!(state_word(99), "unknown");
+        assert_eq!(snapshot_state_word(SnapshotState::Available as i32), "available");
+        assert_eq!(snapshot_state_word(99), "unknown");
     }
 }

@@ -98,6 +98,9 @@ pub(crate) enum Command {
     /// Volumes and their moves
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Snapshots; they stay on the node where they are taken
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
     /// Background copying of a moved volume; ask its destination
     #[command(subcommand)]
     Hydration(HydrationCommand),
@@ -142,13 +145,24 @@ pub(crate) struct Which {
 /// `volume …`
 #[derive(Debug, Subcommand)]
 pub(crate) enum VolumeCommand {
-    /// Create a blank volume that reads as zeros
+    /// Create a volume: blank, or with the content of a snapshot or volume
+    #[command(group = ArgGroup::new("content").required(true).multiple(false))]
     Create {
         /// A lower-case UUID of the caller's choice
         id: String,
-        /// Bytes, or a number with KiB, MiB, GiB or TiB
-        #[arg(long, value_parser = size::parse)]
-        size: u64,
+        /// A blank one: bytes, or a number with KiB, MiB, GiB or TiB
+        #[arg(long, value_parser = size::parse, group = "content")]
+        size: Option<u64>,
+        /// One with the content and size of this snapshot
+        #[arg(long, value_name = "SNAP", group = "content")]
+        from_snapshot: Option<String>,
+        /// One with the content and size of this volume, as it is now
+        #[arg(long, value_name = "ID", group = "content")]
+        from_volume: Option<String>,
+        /// The agent of the node that has the snapshot or volume; the node where the
+        /// new volume is to be, if absent
+        #[arg(long, value_name = "ENDPOINT", conflicts_with = "size")]
+        from: Option<Endpoint>,
         /// The pool; the node's only or first one if absent
         #[arg(long, default_value = "", hide_default_value = true)]
         pool: String,
@@ -207,6 +221,41 @@ pub(crate) enum VolumeCommand {
     Switch(Which),
     /// Give a held move up; ask the destination
     Abort(Which),
+    /// Take a detached volume back to a snapshot
+    Revert {
+        /// The volume
+        #[command(flatten)]
+        which: Which,
+        /// A snapshot of it on the same node
+        #[arg(long, value_name = "SNAP")]
+        snapshot: String,
+    },
+}
+
+/// `snapshot …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Take a snapshot of a volume, attached or not
+    Create {
+        /// A lower-case UUID of the caller's choice
+        id: String,
+        /// The volume
+        #[arg(long, value_name = "ID")]
+        volume: String,
+    },
+    /// List the snapshots of the node
+    List,
+    /// Delete a snapshot that nothing reads any more
+    Delete {
+        /// The snapshot
+        id: String,
+        /// Wait for those that still read it, instead of refusing
+        #[arg(long)]
+        defer: bool,
+        /// Delete nothing unless it is this snapshot and not a later one of its id
+        #[arg(long, value_name = "UUID")]
+        incarnation: Option<String>,
+    },
 }
 
 /// `hydration …`

@@ -15,7 +15,7 @@ use std::{
 
 use dmlocal_proto::v1::{
     GetNodeRequest, Node, moves_client::MovesClient, nodes_client::NodesClient,
-    volumes_client::VolumesClient,
+    snapshots_client::SnapshotsClient, volumes_client::VolumesClient,
 };
 use tonic::{
     Code, Response, Status,
@@ -172,6 +172,11 @@ impl Agent {
     /// The agent's Moves service.
     pub(crate) fn moves(&self) -> MovesClient<Channel> {
         MovesClient::new(self.channel.clone())
+    }
+
+    /// The agent's Snapshots service.
+    pub(crate) fn snapshots(&self) -> SnapshotsClient<Channel> {
+        SnapshotsClient::new(self.channel.clone())
     }
 
     /// What the node says about itself.

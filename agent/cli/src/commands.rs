@@ -6,8 +6,8 @@ use clap::CommandFactory as _;
 use dmlocal_proto::v1::{
     AbortRequest, AttachVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest,
     DetachVolumeRequest, ExtendVolumeRequest, GetVolumeRequest, ListPoolsRequest,
-    ListVolumesRequest, PauseHydrationRequest, ResumeHydrationRequest, SwitchRequest,
-    TuneHydrationRequest, Volume,
+    ListVolumesRequest, Origin, PauseHydrationRequest, ResumeHydrationRequest, RevertVolumeRequest,
+    SwitchRequest, TuneHydrationRequest, Volume,
 };
 
 use crate::{
@@ -16,8 +16,9 @@ use crate::{
         VolumeCommand, Which, check_id,
     },
     client::Agent,
+    copying,
     error::{Failure, reason},
-    moving, output, pki, watch,
+    moving, output, pki, snapshots, watch,
 };
 
 /// Runs one command to its end.
@@ -31,6 +32,7 @@ pub(crate) fn run(cli: &Cli) -> Result<(), Failure> {
         Command::Pool(PoolCommand::List) => online(pools(global)),
         Command::Node(NodeCommand::Show) => online(node(global)),
         Command::Hydration(command) => online(hydration(global, command)),
+        Command::Snapshot(command) => online(snapshots::run(global, command)),
         Command::Volume(command) => online(volume(global, command)),
     }
 }
@@ -44,7 +46,7 @@ fn online(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure
         .block_on(work)
 }
 
-async fn connect(global: &Global) -> Result<Agent, Failure> {
+pub(crate) async fn connect(global: &Global) -> Result<Agent, Failure> {
     Agent::connect(&global.endpoint, global).await
 }
 
@@ -91,7 +93,7 @@ fn print_volume(
 }
 
 /// Prints an empty answer: an empty object, or nothing.
-fn print_done(global: &Global) -> Result<(), Failure> {
+pub(crate) fn print_done(global: &Global) -> Result<(), Failure> {
     if global.output == Output::Json {
         output::print("{}\n")?;
     }
@@ -126,11 +128,27 @@ async fn volume(global: &Global, command: &VolumeCommand) -> Result<(), Failure>
             let agent = connect(global).await?;
             print_volumes(global, &list(&agent).await?)
         }
-        VolumeCommand::Create { id, size, pool } => {
+        VolumeCommand::Create { id, size: Some(size), pool, .. } => {
             let (agent, id) = to_volume(global, id).await?;
-            let ask = CreateVolumeRequest { id, size_bytes: *size, pool: pool.clone() };
+            let pool = pool.clone();
+            let ask = CreateVolumeRequest { id, size_bytes: *size, pool, source: None };
             let volume = agent.ask(agent.volumes().create(ask)).await?;
             print_volume(global, &volume, |volume| format!("{}\n", volume.id))
+        }
+        VolumeCommand::Create { id, size: None, from_snapshot, from_volume, from, pool } => {
+            let (snapshot_id, volume_id) = (from_snapshot.clone(), from_volume.clone());
+            let source = Origin { snapshot_id, volume_id };
+            let volume = copying::run(global, id, source, from.as_ref(), pool).await?;
+            print_volume(global, &volume, |volume| format!("{}\n", volume.id))
+        }
+        VolumeCommand::Revert { which: Which { id, generation, incarnation }, snapshot } => {
+            check_id(snapshot)?;
+            let (agent, id) = to_volume(global, id).await?;
+            let (generation, incarnation) = (*generation, incarnation.clone());
+            let snapshot_id = snapshot.clone();
+            let ask = RevertVolumeRequest { id, snapshot_id, generation, incarnation };
+            let volume = agent.ask(agent.volumes().revert(ask)).await?;
+            print_volume(global, &volume, row)
         }
         VolumeCommand::Show { id } => {
             let (agent, id) = to_volume(global, id).await?;
@@ -165,7 +183,8 @@ async fn volume(global: &Global, command: &VolumeCommand) -> Result<(), Failure>
             print_volume(global, &volume, silent)
         }
         VolumeCommand::Move { id, from, to, hold, wait, pool } => {
-            let order = moving::Move { id, from, to, hold: *hold, wait: *wait, pool };
+            let (hold, wait, source) = (*hold, *wait, None);
+            let order = moving::Move { id, from, to, hold, wait, pool, source };
             moving::run(global, order).await
         }
         VolumeCommand::Switch(Which { id, generation, incarnation }) => {

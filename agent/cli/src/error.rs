@@ -31,6 +31,10 @@ pub(crate) mod reason {
     pub(crate) const VOLUME_FAILED: &str = "VOLUME_FAILED";
     /// The daemon's word for a grant that is not there: nothing to revoke.
     pub(crate) const GRANT_UNKNOWN: &str = "GRANT_UNKNOWN";
+    /// The daemon's word for a volume that is not there.
+    pub(crate) const VOLUME_NOT_FOUND: &str = "VOLUME_NOT_FOUND";
+    /// An id is taken by something else; the daemon answers the same word.
+    pub(crate) const VOLUME_EXISTS: &str = "VOLUME_EXISTS";
     /// Files of a CA are there already and are never overwritten.
     pub(crate) const PKI_EXISTS: &str = "PKI_EXISTS";
     /// Certificate files cannot be read or written.

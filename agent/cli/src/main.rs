@@ -4,6 +4,8 @@
 //!   args → commands → client → the agent's gRPC
 //!             │
 //!             ├→ moving   grant at the source, receive at the destination
+//!             ├→ copying  a volume made of something, here or the same way
+//!             ├→ snapshots
 //!             ├→ watch    live status
 //!             ├→ pki      certificates, without any agent
 //!             └→ output   tables, JSON, bars
@@ -17,11 +19,13 @@
 mod args;
 mod client;
 mod commands;
+mod copying;
 mod error;
 mod moving;
 mod output;
 mod pki;
 mod size;
+mod snapshots;
 mod watch;
 
 use std::{ffi::OsString, process::ExitCode};

@@ -17,7 +17,8 @@ use std::{
 };
 
 use dmlocal_proto::v1::{
-    GetVolumeRequest, Grant, GrantRequest, Node, ReceiveRequest, RevokeRequest, Volume, VolumeState,
+    GetVolumeRequest, Grant, GrantRequest, Node, Origin, ReceiveRequest, RevokeRequest, Volume,
+    VolumeState,
 };
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
@@ -47,6 +48,8 @@ pub(crate) struct Move<'a> {
     pub(crate) wait: bool,
     /// The destination's pool; empty for its first.
     pub(crate) pool: &'a str,
+    /// What the volume is new from; none for one that moves.
+    pub(crate) source: Option<&'a Origin>,
 }
 
 /// Moves a volume and prints its device at the destination.
@@ -59,19 +62,8 @@ pub(crate) async fn run(global: &Global, order: Move<'_>) -> Result<(), Failure>
         let text = format!("both endpoints are node {}", source_node.name);
         return Err(Failure::new(reason::MOVE_TO_SELF, text).with("node", source_node.name));
     }
-    let grant = grant(&source, &destination_node, order).await?;
-    let ask = ReceiveRequest { grant: Some(grant.clone()), pool: order.pool.to_owned() };
-    let received = match destination.ask(destination.moves().receive(ask)).await {
-        Ok(volume) => volume,
-        Err(error) if error.answered => {
-            return Err(
-                revoke_after(&source, &source_node, order.id, &grant.id, error.failure).await
-            );
-        }
-        Err(error) => {
-            return Err(uncertain(order, &grant.id, &source_node, &destination_node, error));
-        }
-    };
+    let ends = ((&source, &source_node), (&destination, &destination_node));
+    let received = between(order, ends.0, ends.1).await?;
     // The device is usable now: whoever waits for the path need not wait for the
     // copy.
     if global.output == Output::Table {
@@ -82,6 +74,23 @@ pub(crate) async fn run(global: &Global, order: Move<'_>) -> Result<(), Failure>
         output::print_json(&volume)?;
     }
     Ok(())
+}
+
+/// Asks the one for a grant and the other to receive it.
+pub(crate) async fn between(
+    order: Move<'_>,
+    (source, source_node): (&Agent, &Node),
+    (destination, destination_node): (&Agent, &Node),
+) -> Result<Volume, Failure> {
+    let grant = grant(source, destination_node, order).await?;
+    let ask = ReceiveRequest { grant: Some(grant.clone()), pool: order.pool.to_owned() };
+    match destination.ask(destination.moves().receive(ask)).await {
+        Ok(volume) => Ok(volume),
+        Err(error) if error.answered => {
+            Err(revoke_after(source, source_node, order.id, &grant.id, error.failure).await)
+        }
+        Err(error) => Err(uncertain(order, &grant.id, source_node, destination_node, error)),
+    }
 }
 
 /// The device's path on a line.
@@ -99,6 +108,7 @@ async fn grant(source: &Agent, to: &Node, order: Move<'_>) -> Result<Grant, Fail
         host_nqn: to.host_nqn.clone(),
         hold: order.hold,
         endpoint: to.endpoint.clone(),
+        source: order.source.cloned(),
     };
     match source.ask(source.moves().grant(ask)).await {
         Ok(grant) => Ok(grant),

@@ -3,8 +3,8 @@
 use std::io::{self, Write as _};
 
 use dmlocal_proto::{
-    state_word,
-    v1::{Node, Pool, Volume},
+    snapshot_state_word, state_word,
+    v1::{Node, Origin, Pool, Snapshot, Volume},
 };
 use serde::Serialize;
 
@@ -182,6 +182,7 @@ pub(crate) fn volume(volume: &Volume) -> String {
         ("incarnation", plain(&volume.incarnation)),
         ("source node", text(&volume.source_node)),
         ("peer node", text(&volume.peer_node)),
+        ("made of", known(volume.source.as_ref().and_then(made_of))),
         ("grant", text(&volume.grant_id)),
         ("percent", known(volume.percent.map(share))),
         ("left", known(volume.bytes_left.map(size::show))),
@@ -195,6 +196,30 @@ pub(crate) fn volume(volume: &Volume) -> String {
         ("hydration threshold", setting(hydration.map(|h| h.threshold))),
         ("hydration batch", setting(hydration.map(|h| h.batch))),
     ])
+}
+
+fn made_of(source: &Origin) -> Option<String> {
+    let snapshot = source.snapshot_id.as_ref().map(|id| format!("snapshot {}", plain(id)));
+    snapshot.or_else(|| source.volume_id.as_ref().map(|id| format!("volume {}", plain(id))))
+}
+
+/// The table of `snapshot list`.
+pub(crate) fn snapshots(snapshots: &[Snapshot]) -> String {
+    let rows: Vec<_> = snapshots
+        .iter()
+        .map(|snapshot| {
+            [
+                plain(&snapshot.id),
+                plain(&snapshot.volume_id),
+                size::show(snapshot.size_bytes),
+                snapshot_state_word(snapshot.state),
+                plain(&snapshot.pool),
+                snapshot.read_by.len().to_string(),
+                plain(&snapshot.detail),
+            ]
+        })
+        .collect();
+    table(["ID", "VOLUME", "SIZE", "STATE", "POOL", "READERS", "DETAIL"], &rows)
 }
 
 /// The table of `pool list`.

@@ -25,7 +25,7 @@ use dmlocal_model::{
     name::{Generation, Role, VolumeId},
     plan::{self, Call, Device, Next, Seen, Step, Wait},
     units::Sectors,
-    volume::{Event, Failure, Fate, ReceivingStage, Record, Tombstone},
+    volume::{Event, Failure, Fate, Origin, ReceivingStage, Record, Tombstone},
 };
 use tokio::{
     sync::{Notify, broadcast, watch},
@@ -184,10 +184,17 @@ pub struct Work {
     left: bool,
     /// Ask no other node now.
     silent: bool,
+    /// A request waits for this copy to be made of another, and holds that one's lock.
+    asked: bool,
     attempt: Option<Attempt>,
 }
 
 impl Work {
+    /// Whether a request has left it half-made of another copy.
+    pub fn is_half_made(&self) -> bool {
+        self.record.as_ref().is_some_and(|record| record.lineage.template.is_some())
+    }
+
     /// Why the volume is as it is, for people.
     pub fn detail(&self) -> &str {
         &self.detail
@@ -373,13 +380,62 @@ impl Volumes {
 
     /// What readers see of a volume's copies, the oldest first.
     pub fn copies(&self, id: VolumeId) -> Vec<View> {
-        let of_volume = (id, Generation(0))..=(id, Generation(u64::MAX));
+        let of_volume = (id, Generation::FIRST)..=(id, Generation(u64::MAX));
         let slots: Vec<_> =
             locked(&self.slots).range(of_volume).map(|(_, slot)| Arc::clone(slot)).collect();
         slots.iter().filter_map(|slot| slot.view.borrow().clone()).collect()
     }
 
-    /// What readers see of every copy, sorted by id and generation.
+    /// What readers see of a snapshot.
+    pub fn snapshot(&self, id: VolumeId) -> Option<View> {
+        self.view_of((id, Generation::SNAPSHOT))
+    }
+
+    /// What readers see of one copy.
+    pub fn view_of(&self, copy: Copy) -> Option<View> {
+        let slot = locked(&self.slots).get(&copy).cloned();
+        slot.and_then(|slot| slot.view.borrow().clone())
+    }
+
+    /// A copy for whose sake a snapshot must stay.
+    pub fn reader(&self, snapshot: VolumeId) -> Option<VolumeId> {
+        let views = self.views();
+        let reads = |view: &&View| view.record.reads(snapshot);
+        views.iter().find(reads).map(|view| view.record.id)
+    }
+
+    /// A snapshot that waits for its readers looks whether this was the last.
+    fn tell_snapshot(&self, changed: &Record) {
+        let Some(Origin::Snapshot(id)) = changed.lineage.made_of else { return };
+        if let Some(slot) = locked(&self.slots).get(&(id, Generation::SNAPSHOT)) {
+            slot.nudge.notify_one();
+        }
+    }
+
+    /// Runs `work` with two copies' locks held. They are taken in the order of their
+    /// names, so that no two requests wait for each other.
+    pub async fn with_both<T>(
+        self: &Arc<Self>,
+        one: Copy,
+        other: Copy,
+        work: impl AsyncFnOnce((&Slot, &mut Work), (&Slot, &mut Work)) -> T,
+    ) -> T {
+        debug_assert_ne!(one, other, "a lock that is held already");
+        if one < other {
+            self.with(one, async |slot, held| {
+                self.with(other, async |second, below| work((slot, held), (second, below)).await)
+                    .await
+            })
+            .await
+        } else {
+            self.with(other, async |second, below| {
+                self.with(one, async |slot, held| work((slot, held), (second, below)).await).await
+            })
+            .await
+        }
+    }
+
+    /// What readers see of every copy and snapshot, sorted by id and generation.
     pub fn views(&self) -> Vec<View> {
         let slots: Vec<_> = locked(&self.slots).values().cloned().collect();
         slots.iter().filter_map(|slot| slot.view.borrow().clone()).collect()
@@ -425,7 +481,7 @@ impl Volumes {
                 Some(Rest::Wait(Wait::Switch)) => Some(HELD_POLL),
                 Some(Rest::Wait(Wait::Hydration | Wait::Source)) => Some(COPY_LOOK),
                 Some(Rest::Wait(Wait::Pool)) => Some(RETRY * 2),
-                Some(Rest::Wait(Wait::Operator | Wait::Peer)) => Some(RETRY * 5),
+                Some(Rest::Wait(Wait::Operator | Wait::Peer | Wait::Readers)) => Some(RETRY * 5),
                 None => Some(RETRY),
                 Some(Rest::Gone) => return,
             };
@@ -481,6 +537,21 @@ impl Volumes {
                 sleep(RETRY).await;
             }
         }
+    }
+
+    /// The same for a copy that is made of another, whose lock is held as well.
+    ///
+    /// # Errors
+    /// The first action that failed.
+    pub async fn converge_asked(
+        self: &Arc<Self>,
+        slot: &Slot,
+        work: &mut Work,
+    ) -> Result<Rest, ServiceError> {
+        work.asked = true;
+        let outcome = self.converge(slot, work).await;
+        work.asked = false;
+        outcome
     }
 
     /// Acts until nothing more can be done now.
@@ -601,6 +672,8 @@ impl Volumes {
         let high = self.config.pool(&record.pool).map_or(100.0, |pool| pool.high_water_percent);
         let is_high = usage.is_some_and(|usage| usage.scarcest() * 100.0 >= high);
         seen.connecting = work.attempt.as_ref().is_some_and(Attempt::is_recent);
+        seen.asked = work.asked;
+        seen.read = record.taken().is_some() && self.reader(record.id).is_some();
         work.progress.observe(record, &mut seen, is_high, Instant::now());
         Ok(seen)
     }
@@ -728,6 +801,7 @@ impl Volumes {
         stones: Vec<Tombstone>,
     ) -> Result<(), ServiceError> {
         self.store_put(&record, &stones)?;
+        self.tell_snapshot(&record);
         work.record = Some(record);
         self.publish(slot, work, None);
         Ok(())
@@ -748,6 +822,7 @@ impl Volumes {
         tokio::task::block_in_place(|| self.store.forget(record.id, record.generation, &stones))?;
         work.record = None;
         self.publish(slot, work, None);
+        self.tell_snapshot(record);
         Ok(())
     }
 
@@ -941,6 +1016,7 @@ fn describe(record: &Record, rest: Rest, resting: bool) -> String {
             let node = record.receiving().map_or("", |receiving| receiving.source.node.as_str());
             format!("source {node} does not answer")
         }
+        Rest::Wait(Wait::Readers) => "goes as soon as nothing reads it any more".to_owned(),
         Rest::Wait(Wait::Operator) => "a device is not as the journal says".to_owned(),
         Rest::Wait(Wait::Hydration) if record.tuning.paused => "paused".to_owned(),
         Rest::Wait(Wait::Hydration) if resting => {

@@ -1,5 +1,7 @@
 //! Requests: admit, journal, converge, and undo what a failed one had begun.
 
+mod snapshots;
+
 use std::{
     collections::BTreeSet,
     sync::{
@@ -725,7 +727,8 @@ impl Service {
         event: Event,
     ) -> Result<View, ServiceError> {
         let Err(cause) = outcome else {
-            let view = work.record.as_ref().and_then(|record| self.volumes.view(record.id));
+            let copy = work.record.as_ref().map(|record| (record.id, record.generation));
+            let view = copy.and_then(|copy| self.volumes.view_of(copy));
             return view.ok_or_else(|| ServiceError::Internal("the volume is gone".into()));
         };
         let undoable =

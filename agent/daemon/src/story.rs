@@ -2,6 +2,8 @@
 //! failure or the process's death at every single action, and what bad requests
 //! get.
 
+mod snapshots;
+
 use std::{
     sync::{Arc, Mutex, OnceLock},
     time::Duration,
@@ -221,6 +223,8 @@ fn offer(record: &dmlocal_model::volume::Record, from: usize) -> Offer {
         incarnation: record.incarnation,
         size: record.size.bytes(),
         logical_block_size: record.logical_block_size,
+        made_of: record.lineage.made_of,
+        begins: record.lineage.passing,
         source: Source {
             grant: lent.to.grant,
             node: format!("n{from}"),

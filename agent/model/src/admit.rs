@@ -1,16 +1,22 @@
 //! Whether a request may be granted, and what the journal then says: pure, and
 //! complete before anything is changed.
 
+mod snapshots;
+
 use uuid::Uuid;
 
+pub use self::snapshots::{
+    SnapshotRequest, Source as Made, create_of, delete_snapshot, grant_of, revert,
+    snapshot_template, take_snapshot, template,
+};
 use crate::{
     hydration::{self, MAX_BATCH, MAX_THRESHOLD, Tuning},
     name::{Generation, VolumeId},
     plan::Device,
     units::Sectors,
     volume::{
-        Borrower, Event, ExportName, IllegalTransition, Lent, LentStage, Phase, Receiving,
-        ReceivingStage, Record, Relay, Source, Tombstone,
+        Borrower, Event, ExportName, IllegalTransition, Lent, LentStage, Lineage, Origin, Phase,
+        Receiving, ReceivingStage, Record, Relay, Source, Tombstone,
     },
 };
 
@@ -188,6 +194,42 @@ pub enum Refusal {
     /// No port is free for another export.
     #[error("no port is free for another export")]
     PortsExhausted,
+    /// No such snapshot here, or none that is still to be used.
+    #[error("snapshot {0} not found")]
+    SnapshotNotFound(VolumeId),
+    /// The snapshot's id is taken by something else.
+    #[error("snapshot {id} exists with a different {field}")]
+    SnapshotExists {
+        /// The snapshot.
+        id: VolumeId,
+        /// What differs.
+        field: &'static str,
+    },
+    /// A copy that was made of it has not arrived.
+    #[error("snapshot {id} is still read: volume {by} is on its way from it")]
+    SnapshotInUse {
+        /// The snapshot.
+        id: VolumeId,
+        /// The volume that is made of it.
+        by: VolumeId,
+    },
+    /// Only a snapshot of the volume itself can be gone back to.
+    #[error("snapshot {id} is of volume {volume}, or of an earlier volume of that id")]
+    SnapshotOfAnother {
+        /// The snapshot.
+        id: VolumeId,
+        /// What it is of.
+        volume: VolumeId,
+    },
+    /// Thin snapshots are in the pool of what they are made of.
+    #[error("what it is made of is in pool `{pool}`, and so is it on this node")]
+    PoolOfSource {
+        /// The pool.
+        pool: String,
+    },
+    /// It goes back to a snapshot.
+    #[error("volume {0} is being taken back to a snapshot")]
+    VolumeReverting(VolumeId),
     /// The kernel lacks a device-mapper target.
     #[error("the kernel has no device-mapper target `{0}`")]
     TargetMissing(String),
@@ -224,6 +266,12 @@ impl Refusal {
             Self::SettingOutOfRange { .. } => "SETTING_OUT_OF_RANGE",
             Self::ChainTooDeep { .. } => "CHAIN_TOO_DEEP",
             Self::PortsExhausted => "PORTS_EXHAUSTED",
+            Self::SnapshotNotFound(_) => "SNAPSHOT_NOT_FOUND",
+            Self::SnapshotExists { .. } => "SNAPSHOT_EXISTS",
+            Self::SnapshotInUse { .. } => "SNAPSHOT_IN_USE",
+            Self::SnapshotOfAnother { .. } => "SNAPSHOT_OF_ANOTHER",
+            Self::PoolOfSource { .. } => "POOL_OF_SOURCE",
+            Self::VolumeReverting(_) => "VOLUME_REVERTING",
             Self::TargetMissing(_) => "TARGET_MISSING",
         }
     }
@@ -330,6 +378,9 @@ pub fn create(
             () if existing.phase == Phase::Deleting => {
                 Err(Refusal::VolumeExists { id, field: "state" })
             }
+            () if existing.lineage.made_of.is_some() => {
+                Err(Refusal::VolumeExists { id, field: "source" })
+            }
             () => Ok(Admitted::Already),
         };
     }
@@ -349,6 +400,7 @@ pub fn create(
         lent_before: None,
         confirmed_in: None,
         tuning: Tuning::default(),
+        lineage: Lineage::default(),
         phase: Phase::Creating,
     })))
 }
@@ -424,8 +476,10 @@ pub fn attach(
     {
         return Err(Refusal::GenerationStale { present: record.generation, named });
     }
-    if matches!(record.phase, Phase::Creating | Phase::Deleting) {
-        return Err(Refusal::VolumeNotFound(record.id));
+    match record.phase {
+        Phase::Creating | Phase::Deleting => return Err(Refusal::VolumeNotFound(record.id)),
+        Phase::Reverting(_) => return Err(Refusal::VolumeReverting(record.id)),
+        Phase::Local | Phase::Lent(_) | Phase::Receiving(_) | Phase::Relaying(_) => {}
     }
     if let Some(lent) = record.lent() {
         let (id, node) = (record.id, lent.to.node.clone());
@@ -591,6 +645,10 @@ pub struct Offer {
     pub size: u64,
     /// Its logical block size in bytes.
     pub logical_block_size: u32,
+    /// What it was made of.
+    pub made_of: Option<Origin>,
+    /// Whether it was made for this grant: it begins here, and detached.
+    pub begins: bool,
     /// Where it comes from.
     pub source: Source,
 }
@@ -662,13 +720,15 @@ pub fn receive(
         size,
         logical_block_size: offer.logical_block_size,
         generation: offer.source.generation.next(),
-        attached: true,
+        // One that is new with this move was not asked to be attached.
+        attached: !offer.begins,
         data: None,
         growing: None,
         came_by: Some(grant),
         lent_before: None,
         confirmed_in: None,
         tuning: Tuning::default(),
+        lineage: Lineage { made_of: offer.made_of, ..Lineage::default() },
         phase: Phase::Receiving(Box::new(Receiving {
             source: offer.source,
             meta: None,
@@ -734,7 +794,9 @@ pub fn abort(record: &Record, held_writes: u64) -> Result<Admitted, Refusal> {
             | ReceivingStage::Discarding
             | ReceivingStage::Discarded => Err(Refusal::GrantFenced(receiving.source.grant)),
         },
-        Phase::Creating | Phase::Local | Phase::Deleting => Err(Refusal::VolumeNotHeld(record.id)),
+        Phase::Creating | Phase::Local | Phase::Reverting(_) | Phase::Deleting => {
+            Err(Refusal::VolumeNotHeld(record.id))
+        }
     }
 }
 
@@ -863,6 +925,7 @@ fn at_rest(record: &Record) -> Result<(), Refusal> {
     match &record.phase {
         Phase::Local => Ok(()),
         Phase::Creating | Phase::Deleting => Err(Refusal::VolumeMoving(record.id)),
+        Phase::Reverting(_) => Err(Refusal::VolumeReverting(record.id)),
         Phase::Lent(_) | Phase::Relaying(_) => {
             let Some(lent) = record.lent() else { return Err(Refusal::VolumeMoving(record.id)) };
             let (id, node) = (record.id, lent.to.node.clone());

@@ -6,6 +6,8 @@
 //! dmlocal-<uuid>-g<n>-src          what is read from the source
 //! dmlocal-<uuid>-g<n>-export       what a peer reads
 //! <vg>/dmlocal-<uuid>-g<n>         data LV
+//! <vg>/dmlocal-<uuid>-g<n>-r<k>    data LV after k reverts
+//! <vg>/dmlocal-<uuid>-g0           a snapshot, with its own UUID
 //! <vg>/dmlocal-<uuid>-g<n>-meta    clone metadata LV
 //! ```
 //!
@@ -171,9 +173,12 @@ pub fn handle_name(volume: VolumeId) -> String {
     format!("dmlocal-{volume}")
 }
 
-/// Name of the data LV.
-pub fn data_lv(volume: VolumeId, generation: Generation) -> String {
-    format!("dmlocal-{volume}-g{generation}")
+/// Name of the data LV; `revision` counts those that came before it in this copy.
+pub fn data_lv(volume: VolumeId, generation: Generation, revision: u32) -> String {
+    match revision {
+        0 => format!("dmlocal-{volume}-g{generation}"),
+        revision => format!("dmlocal-{volume}-g{generation}-r{revision}"),
+    }
 }
 
 /// Name of the clone metadata LV.
@@ -210,7 +215,8 @@ mod test {
                 .map(|role| DmName::new(id(), Generation(generation), role).name)
         };
         assert!(names(1).iter().all(|name| !names(2).contains(name)));
-        assert_ne!(data_lv(id(), Generation(1)), data_lv(id(), Generation(2)));
+        assert_ne!(data_lv(id(), Generation(1), 0), data_lv(id(), Generation(2), 0));
+        assert_ne!(data_lv(id(), Generation(1), 0), data_lv(id(), Generation(1), 1));
     }
 
     #[test]
@@ -230,5 +236,6 @@ mod test {
             assert!(name.uuid.starts_with(DM_UUID_PREFIX));
         }
         assert!(meta_lv(id(), Generation(u64::MAX)).len() <= 127);
+        assert!(data_lv(id(), Generation(u64::MAX), u32::MAX).len() <= 127);
     }
 }

@@ -21,7 +21,7 @@ use crate::{
     units::{DevNo, Sectors},
     volume::{
         Event, ExportName, Failure, Lent, LentStage, Phase, Rebuild, Receiving, ReceivingStage,
-        Record, Relay,
+        Record, Relay, Revert, RevertStage, Template,
     },
 };
 
@@ -58,6 +58,11 @@ pub struct Seen {
     pub connecting: bool,
     /// Whether copying must rest for its byte rate or for the pool's sake.
     pub resting: bool,
+    /// Of a snapshot: whether another copy on this node still needs it.
+    pub read: bool,
+    /// Whether a request waits for this copy to be made, and keeps what it is made of
+    /// as it is.
+    pub asked: bool,
     /// The settings that the clone was last given, when that is known.
     pub tuned: Option<(u32, u32)>,
     /// Whether the handle's page cache is known to have been dropped since
@@ -126,6 +131,8 @@ pub enum Step {
         /// Size of the metadata LV in bytes; none for a volume that is not
         /// received.
         meta: Option<u64>,
+        /// What the data LV is to be a thin snapshot of; none for a blank one.
+        of: Option<Template>,
     },
     /// Grow the data LV; what is as large already stays.
     Grow {
@@ -138,6 +145,13 @@ pub enum Step {
     RetireMeta,
     /// The same, and remove the data LV; absent is success.
     RetireAll,
+    /// Remove a data LV that is not, or not any more, the volume's; absent is success.
+    RetireData {
+        /// Its name.
+        name: String,
+        /// Its device-mapper UUID; none for one that may or may not have been made.
+        uuid: Option<String>,
+    },
     /// Zero the first block of the metadata LV; refused while it is in use.
     ZeroMeta(DevNo),
     /// Give the device this table, making it if it is absent.
@@ -249,6 +263,8 @@ pub enum Wait {
     Pool,
     /// The peer's fence or release.
     Peer,
+    /// Those that still read a snapshot which is to go.
+    Readers,
 }
 
 /// The answer of [`next`].
@@ -284,13 +300,12 @@ pub enum Next {
 pub fn next(record: &Record, seen: &Seen) -> Next {
     let plan = Plan { record, seen };
     match &record.phase {
-        Phase::Creating => {
-            Next::Allocate(vec![Step::Allocate { data: record.size.bytes(), meta: None }])
-        }
+        Phase::Creating => plan.creating(),
         Phase::Local => plan.local(),
         Phase::Lent(lent) => plan.lent(lent),
         Phase::Receiving(receiving) => plan.receiving(receiving),
         Phase::Relaying(relay) => plan.relaying(relay),
+        Phase::Reverting(revert) => plan.reverting(revert),
         Phase::Deleting if seen.handle.is_some() => Next::Do(vec![Step::Remove(Role::Handle)]),
         Phase::Deleting => Next::Forget(vec![Step::RetireAll]),
     }
@@ -324,7 +339,27 @@ pub fn needs_source(record: &Record) -> bool {
 
 /// Names of the LVs of a record, data first.
 pub fn lv_names(record: &Record) -> (String, String) {
-    (name::data_lv(record.id, record.generation), name::meta_lv(record.id, record.generation))
+    let data = name::data_lv(record.id, record.generation, record.lineage.revision);
+    (data, name::meta_lv(record.id, record.generation))
+}
+
+/// Name of the data LV that a record's `Step::Allocate` makes.
+pub fn made_lv(record: &Record) -> String {
+    match &record.phase {
+        Phase::Reverting(_) => replacement(record, 1),
+        Phase::Creating
+        | Phase::Local
+        | Phase::Lent(_)
+        | Phase::Receiving(_)
+        | Phase::Relaying(_)
+        | Phase::Deleting => lv_names(record).0,
+    }
+}
+
+/// Name of the data LV so many replacements after the present one.
+fn replacement(record: &Record, by: i32) -> String {
+    let revision = record.lineage.revision.saturating_add_signed(by);
+    name::data_lv(record.id, record.generation, revision)
 }
 
 /// Name of a device of a record.
@@ -389,7 +424,41 @@ impl Plan<'_> {
         Step::Set(Role::Handle, table)
     }
 
+    /// What is made of another copy is of the moment at which it was asked for, or
+    /// is not made at all: whoever died over it has told nobody that it exists.
+    fn creating(&self) -> Next {
+        if self.record.lineage.template.is_some() && !self.seen.asked {
+            return Next::Journal(match self.record.lent() {
+                Some(_) => Event::RevokeAsked,
+                None => Event::DeleteAsked,
+            });
+        }
+        let of = self.record.lineage.template.clone();
+        let data = self.record.size.bytes();
+        Next::Allocate(vec![Step::Allocate { data, meta: None, of }])
+    }
+
+    /// The new data LV beside the old one; once it is journalled as the volume's, the
+    /// old one goes.
+    fn reverting(&self, revert: &Revert) -> Next {
+        let retired = |name, uuid| Next::DoThen(Step::RetireData { name, uuid }, Event::Retired);
+        match &revert.stage {
+            RevertStage::Making => {
+                let (data, of) = (revert.size.bytes(), Some(revert.template.clone()));
+                Next::Allocate(vec![Step::Allocate { data, meta: None, of }])
+            }
+            RevertStage::Undoing => retired(replacement(self.record, 1), None),
+            RevertStage::Retiring(old) => retired(replacement(self.record, -1), Some(old.clone())),
+        }
+    }
+
     fn local(&self) -> Next {
+        if self.record.taken().is_some_and(|taken| taken.deferred) {
+            return match self.seen.read {
+                true => Next::Wait(Wait::Readers),
+                false => Next::Journal(Event::DeleteAsked),
+            };
+        }
         let Some(data) = &self.seen.data else { return Next::Wait(Wait::Pool) };
         self.grown().or_else(|| self.own_handle(data)).unwrap_or(Next::Settled)
     }
@@ -418,6 +487,16 @@ impl Plan<'_> {
     }
 
     fn lent(&self, lent: &Lent) -> Next {
+        if self.record.lineage.template.is_some() {
+            return match lent.stage {
+                // Nothing was exported yet.
+                LentStage::Revoking => Next::Journal(Event::Revoked),
+                LentStage::Published
+                | LentStage::Fencing
+                | LentStage::Fenced
+                | LentStage::Releasing => self.creating(),
+            };
+        }
         let data = match (&self.seen.data, lent.stage) {
             // What is on its way out may be half gone already.
             (_, LentStage::Releasing) => return self.releasing(lent),
@@ -589,7 +668,8 @@ impl Plan<'_> {
 
     fn allocating(&self, receiving: &Receiving) -> Next {
         let meta = hydration::metadata_bytes(self.record.size, receiving.region);
-        let mut steps = vec![Step::Allocate { data: self.record.size.bytes(), meta: Some(meta) }];
+        let mut steps =
+            vec![Step::Allocate { data: self.record.size.bytes(), meta: Some(meta), of: None }];
         if !self.seen.import.connected {
             steps.push(Step::Connect(receiving.source.export.clone()));
         }

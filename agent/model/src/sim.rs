@@ -17,7 +17,7 @@ use crate::{
     plan::{self, Device, Import, Presence, Seen, Step},
     table::{CloneStatus, Table, Target},
     units::{DevNo, Sectors},
-    volume::{Event, Record},
+    volume::{Event, Record, Template},
 };
 
 /// Regions of a simulated volume; each holds one value, 0 when blank.
@@ -611,6 +611,8 @@ impl World {
             path_failed: false,
             connecting: false,
             resting: false,
+            read: false,
+            asked: false,
             tuned: Some((record.tuning.threshold, record.tuning.batch)),
             cache_dropped: true,
             announced: true,
@@ -629,8 +631,12 @@ impl World {
     ) -> Result<Option<Event>, Fault> {
         let (data, meta) = plan::lv_names(record);
         match step {
-            Step::Allocate { data: size, meta: meta_size } => {
-                let data = self.make_lv(node, &data, *size, [0; REGIONS])?;
+            Step::Allocate { data: size, meta: meta_size, of } => {
+                let name = plan::made_lv(record);
+                let data = match of {
+                    Some(template) => self.snapshot_lv(node, &name, template)?,
+                    None => self.make_lv(node, &name, *size, [0; REGIONS])?,
+                };
                 let meta = match meta_size {
                     Some(size) => Some(self.make_lv(node, &meta, *size, [FOREIGN; REGIONS])?),
                     None => None,
@@ -654,6 +660,7 @@ impl World {
                 self.remove_lv(node, &meta)?;
                 self.remove_lv(node, &data)?;
             }
+            Step::RetireData { name, .. } => self.remove_lv(node, name)?,
             Step::ZeroMeta(number) => {
                 self.act()?;
                 if self.stands_on(node, *number) {
@@ -803,6 +810,7 @@ impl World {
             | Step::Grow { .. }
             | Step::RetireMeta
             | Step::RetireAll
+            | Step::RetireData { .. }
             | Step::ZeroMeta(_) => {}
         }
         Ok(())
@@ -955,6 +963,29 @@ impl World {
         let lv = self.nodes[node].lvs.entry(name.to_owned()).or_insert(lv);
         lv.active = true;
         Ok(format!("uuid of {name}"))
+    }
+
+    /// A thin snapshot: the pool commits it with everything that was acknowledged
+    /// (drivers/md/dm-thin.c, `pool_message`, and `metadata_pre_commit_callback`).
+    fn snapshot_lv(
+        &mut self,
+        node: usize,
+        name: &str,
+        template: &Template,
+    ) -> Result<String, Fault> {
+        if self.nodes[node].lvs.contains_key(name) {
+            return self.make_lv(node, name, 0, [FOREIGN; REGIONS]);
+        }
+        let origin = self.nodes[node].lvs.get(&template.name);
+        let Some((content, length)) = origin.map(|lv| (lv.now, lv.length)) else {
+            return Err(Fault::Refused(format!("no logical volume {}", template.name)));
+        };
+        self.make_lv(node, name, length.bytes(), content)
+    }
+
+    /// What a logical volume holds, if there is one of that name.
+    pub fn content(&self, node: usize, name: &str) -> Option<[u64; REGIONS]> {
+        self.nodes[node].lvs.get(name).map(|lv| lv.now)
     }
 
     fn remove_lv(&mut self, node: usize, name: &str) -> Result<(), Fault> {

@@ -17,6 +17,8 @@
 //! Relaying: a copy that is received and lent at once; each side goes its own way
 //!           until one of them ends (► Lent, ► Receiving) or both do (► gone).
 //! ```
+//! Local ► Reverting: Making ─► Retiring ─► Local, on the snapshot's content
+//!                       └────► Undoing ──► Local, as it was
 //!
 //! The record is the intent: it is written before anything is done, and
 //! [`crate::plan`] derives every action from it and from what is really there.
@@ -24,6 +26,7 @@
 //! [`crate::admit`]'s work.
 
 mod lent;
+mod lineage;
 mod receiving;
 #[cfg(test)]
 mod test;
@@ -33,6 +36,7 @@ use uuid::Uuid;
 
 pub use self::{
     lent::{Borrower, Lent, LentStage},
+    lineage::{Lineage, Origin, Revert, RevertStage, Taken, Template},
     receiving::{Failure, Rebuild, Receiving, ReceivingStage, Source},
 };
 
@@ -73,6 +77,8 @@ pub struct Record {
     pub confirmed_in: Option<Uuid>,
     /// Settings of the copy.
     pub tuning: Tuning,
+    /// What its content began with.
+    pub lineage: Lineage,
     /// Where the volume stands.
     pub phase: Phase,
 }
@@ -91,6 +97,8 @@ pub enum Phase {
     Receiving(Box<Receiving>),
     /// Copying from one peer, and offered or handed over to another.
     Relaying(Box<Relay>),
+    /// Going back to a snapshot.
+    Reverting(Box<Revert>),
     /// On its way out, on a caller's word.
     Deleting,
 }
@@ -178,6 +186,17 @@ pub enum Event {
     Confirmed(Uuid),
     /// A caller wants the volume gone.
     DeleteAsked,
+    /// A caller wants the volume to be what this snapshot is, of this size.
+    RevertAsked {
+        /// The snapshot.
+        snapshot: VolumeId,
+        /// Its logical volume.
+        template: Template,
+        /// Its size.
+        size: Sectors,
+    },
+    /// The new data LV could not be made.
+    RevertGivenUp,
 }
 
 /// An event that cannot happen where the volume stands.
@@ -202,6 +221,36 @@ impl Record {
         match (&mut self.phase, event) {
             (Phase::Creating, Event::Allocated { data, meta: None }) => {
                 self.data = Some(data);
+                self.lineage.template = None;
+                self.phase = Phase::Local;
+            }
+            (Phase::Lent(_), Event::Allocated { data, meta: None })
+                if self.lineage.template.is_some() =>
+            {
+                self.data = Some(data);
+                self.lineage.template = None;
+            }
+            (Phase::Local, Event::RevertAsked { snapshot, template, size }) => {
+                let stage = RevertStage::Making;
+                self.phase = Phase::Reverting(Box::new(Revert { snapshot, template, size, stage }));
+            }
+            (Phase::Reverting(revert), Event::Allocated { data, meta: None })
+                if revert.stage == RevertStage::Making =>
+            {
+                let Some(old) = self.data.replace(data) else { return Err(illegal) };
+                revert.stage = RevertStage::Retiring(old);
+                self.lineage.revision = self.lineage.revision.saturating_add(1);
+                // A volume never shrinks: what it has grown by since is blank again.
+                let wanted = self.growing.unwrap_or(self.size);
+                self.growing = (wanted > revert.size).then_some(wanted);
+                self.size = revert.size;
+            }
+            (Phase::Reverting(revert), Event::RevertGivenUp)
+                if matches!(revert.stage, RevertStage::Making | RevertStage::Undoing) =>
+            {
+                revert.stage = RevertStage::Undoing;
+            }
+            (Phase::Reverting(revert), Event::Retired) if revert.stage != RevertStage::Making => {
                 self.phase = Phase::Local;
             }
             (Phase::Creating | Phase::Local | Phase::Deleting, Event::DeleteAsked) => {
@@ -222,7 +271,7 @@ impl Record {
                 self.confirmed_in = Some(boot);
             }
             (Phase::Lent(lent), Event::Revoked) if lent.stage == LentStage::Revoking => {
-                self.phase = Phase::Local;
+                self.phase = if self.lineage.passing { Phase::Deleting } else { Phase::Local };
             }
             (Phase::Lent(lent), event) => {
                 lent.stage = lent.stage.after(&event).ok_or(illegal)?;
@@ -286,7 +335,11 @@ impl Record {
         match &self.phase {
             Phase::Lent(lent) => Some(lent),
             Phase::Relaying(relay) => Some(&relay.lent),
-            Phase::Creating | Phase::Local | Phase::Receiving(_) | Phase::Deleting => None,
+            Phase::Creating
+            | Phase::Local
+            | Phase::Receiving(_)
+            | Phase::Reverting(_)
+            | Phase::Deleting => None,
         }
     }
 
@@ -295,7 +348,11 @@ impl Record {
         match &self.phase {
             Phase::Receiving(receiving) => Some(receiving),
             Phase::Relaying(relay) => Some(&relay.receiving),
-            Phase::Creating | Phase::Local | Phase::Lent(_) | Phase::Deleting => None,
+            Phase::Creating
+            | Phase::Local
+            | Phase::Lent(_)
+            | Phase::Reverting(_)
+            | Phase::Deleting => None,
         }
     }
 
@@ -310,6 +367,7 @@ impl Record {
             | Phase::Local
             | Phase::Lent(_)
             | Phase::Relaying(_)
+            | Phase::Reverting(_)
             | Phase::Deleting => self.came_by == Some(grant),
         }
     }
@@ -334,6 +392,7 @@ impl Record {
             | Phase::Local
             | Phase::Lent(_)
             | Phase::Relaying(_)
+            | Phase::Reverting(_)
             | Phase::Deleting => self.came_by.map(|grant| stone(grant, Fate::Taken)),
         };
         let departure = self.lent().map(|lent| stone(lent.to.grant, Fate::Released));

@@ -9,6 +9,7 @@
 //! At the end, when everything is healed: one node has the volume, all of it,
 //! and the others have nothing.
 
+mod copies;
 mod seeds;
 
 use std::collections::BTreeMap;
@@ -16,7 +17,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use uuid::Uuid;
 
-use self::seeds::Sabotage;
+use self::{copies::Copies, seeds::Sabotage};
 use crate::{
     admit::{self, Admitted, Claim, GrantRequest, Offer, PoolRoom, Refusal},
     name::VolumeId,
@@ -45,21 +46,23 @@ const MAX_DEPTH: u32 = 3;
 
 #[derive(Debug, Default)]
 struct Journal {
-    /// By generation: a volume that returns finds its old copy still there.
-    copies: BTreeMap<u64, Record>,
+    /// By volume or snapshot, and generation: a volume that returns finds its old
+    /// copy still there.
+    copies: BTreeMap<(VolumeId, u64), Record>,
     stones: BTreeMap<Uuid, Tombstone>,
 }
 
 impl Journal {
-    fn newest(&self) -> Option<&Record> {
-        self.copies.values().next_back()
+    fn newest(&self, id: VolumeId) -> Option<&Record> {
+        self.copies.range((id, 1)..=(id, u64::MAX)).next_back().map(|(_, record)| record)
     }
 }
 
-/// A copy: its node and its generation.
+/// A copy: its node, its volume or snapshot, and its generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct At {
     node: usize,
+    id: VolumeId,
     generation: u64,
 }
 
@@ -89,14 +92,16 @@ struct Cluster {
     /// Calls between agents that were made, whether they arrived or not: any of
     /// them may arrive again, at any time.
     sent: Vec<(usize, Message)>,
+    /// Snapshots and what is made of them.
+    copies: Copies,
     sabotage: Option<Sabotage>,
 }
 
 /// A call from one agent to another.
 #[derive(Debug, Clone)]
 enum Message {
-    Fence(Claim),
-    Release(Claim),
+    Fence(VolumeId, Claim),
+    Release(VolumeId, Claim),
     Revoke(Uuid),
 }
 
@@ -112,6 +117,7 @@ impl Cluster {
     fn new() -> Self {
         let mut world = World::new(NODES);
         let id = VolumeId::new(world.unique());
+        let copies = Copies::new(&mut world);
         let blank = Known { since_flush: vec![0], cut: false };
         Self {
             world,
@@ -125,18 +131,19 @@ impl Cluster {
             value: 0,
             lose_answers: false,
             sent: Vec::new(),
+            copies,
             sabotage: None,
         }
     }
 
     fn record(&self, at: At) -> Option<Record> {
-        self.journals[at.node].copies.get(&at.generation).cloned()
+        self.journals[at.node].copies.get(&(at.id, at.generation)).cloned()
     }
 
     /// The copy that calls which name no generation mean.
     fn newest_at(&self, node: usize) -> Option<At> {
-        let record = self.journals[node].newest()?;
-        Some(At { node, generation: record.generation.0 })
+        let record = self.journals[node].newest(self.id)?;
+        Some(At { node, id: self.id, generation: record.generation.0 })
     }
 
     /// The journal: it does not fail, but it may be the last thing to do.
@@ -149,7 +156,7 @@ impl Cluster {
 
     fn put(&mut self, node: usize, record: Record) -> Result<(), Stop> {
         self.write_down(node)?;
-        self.journals[node].copies.insert(record.generation.0, record);
+        self.journals[node].copies.insert((record.id, record.generation.0), record);
         Ok(())
     }
 
@@ -165,11 +172,15 @@ impl Cluster {
             };
             self.journals[at.node].stones.insert(stone.grant, stone);
         }
-        let fenced = event == Event::Fenced;
+        let fenced = event == Event::Fenced && at.id == self.id;
+        let reverted = self.reverted(at, &record, &event);
         let after = record.after(event).expect("the planner names possible events only");
         self.put(at.node, after)?;
         if fenced {
             self.all_is_stable();
+        }
+        if let Some(content) = reverted {
+            self.is_now(content);
         }
         Ok(())
     }
@@ -186,7 +197,7 @@ impl Cluster {
     fn forget(&mut self, at: At) -> Result<(), Stop> {
         self.write_down(at.node)?;
         let journal = &mut self.journals[at.node];
-        let record = journal.copies.remove(&at.generation).unwrap();
+        let record = journal.copies.remove(&(at.id, at.generation)).unwrap();
         for stone in record.epitaphs() {
             journal.stones.insert(stone.grant, stone);
         }
@@ -196,6 +207,9 @@ impl Cluster {
     fn apply(&mut self, at: At, step: &plan::Step) -> Result<Option<Event>, Stop> {
         let record = self.record(at).unwrap();
         let outcome = self.world.apply(at.node, &record, step);
+        if outcome.is_ok() {
+            self.look_at_copy(at.node, &record, step);
+        }
         self.hear();
         outcome.map_err(|fault| match fault {
             Fault::Crash => Stop::Crash(at.node),
@@ -222,10 +236,10 @@ impl Cluster {
     }
 
     fn converge_all(&mut self, node: usize) -> Result<(), Stop> {
-        let all: Vec<u64> = self.journals[node].copies.keys().copied().collect();
+        let all: Vec<_> = self.journals[node].copies.keys().copied().collect();
         let mut outcome = Ok(());
-        for generation in all {
-            let ended = self.converge(At { node, generation });
+        for (id, generation) in all {
+            let ended = self.converge(At { node, id, generation });
             if let Err(Stop::Crash(_)) = ended {
                 return ended;
             }
@@ -239,7 +253,9 @@ impl Cluster {
         let mut connecting = false;
         for _ in 0..100 {
             let Some(record) = self.record(at) else { return Ok(()) };
-            let seen = plan::Seen { connecting, ..self.world.look(node, &record) };
+            let read = self.is_read(node, at.id);
+            let asked = self.copies.asked;
+            let seen = plan::Seen { connecting, read, asked, ..self.world.look(node, &record) };
             let next = plan::next(&record, &seen);
             if self.sabotage == Some(Sabotage::ReleasesEarly) && next == Next::Wait(Wait::Hydration)
             {
@@ -351,7 +367,7 @@ impl Cluster {
     }
 
     fn ask(&mut self, at: At, record: &Record, call: Call) -> Result<Event, Stop> {
-        let (node, id) = (at.node, self.id);
+        let (node, id) = (at.node, at.id);
         match call {
             Call::QueryGrant => {
                 let borrower = record.lent_before.clone().unwrap();
@@ -369,9 +385,9 @@ impl Cluster {
             Call::Fence => {
                 let claim = Self::claim(record);
                 let source = record.receiving().unwrap().source.node.clone();
-                self.sent.push((number(&source), Message::Fence(claim.clone())));
+                self.sent.push((number(&source), Message::Fence(id, claim.clone())));
                 let answer = self.call(node, &source, |cluster, there| {
-                    let at = At { node: there, generation: claim.generation.0 };
+                    let at = At { node: there, id, generation: claim.generation.0 };
                     cluster.request(at, |record| admit::fence(known(record, id)?, &claim))?;
                     cluster
                         .record(at)
@@ -401,14 +417,14 @@ impl Cluster {
     }
 
     fn release(&mut self, node: usize, record: &Record) -> Result<(), Stop> {
-        let (id, claim) = (self.id, Self::claim(record));
+        let (id, claim) = (record.id, Self::claim(record));
         let source = record.receiving().unwrap().source.node.clone();
-        self.sent.push((number(&source), Message::Release(claim.clone())));
+        self.sent.push((number(&source), Message::Release(id, claim.clone())));
         let answer = self.call(node, &source, |cluster, there| {
             if cluster.journals[there].stones.contains_key(&claim.grant) {
                 return Ok(());
             }
-            let at = At { node: there, generation: claim.generation.0 };
+            let at = At { node: there, id, generation: claim.generation.0 };
             // What follows from it is the source's own business.
             cluster.admit(at, |record| admit::release(known(record, id)?, &claim)).map(drop)
         })?;
@@ -423,17 +439,16 @@ impl Cluster {
         let Some((there, message)) = self.sent.get(nth % self.sent.len().max(1)).cloned() else {
             return Ok(());
         };
-        let id = self.id;
         match message {
-            Message::Fence(claim) => {
-                let at = At { node: there, generation: claim.generation.0 };
+            Message::Fence(id, claim) => {
+                let at = At { node: there, id, generation: claim.generation.0 };
                 self.request(at, |record| admit::fence(known(record, id)?, &claim))
             }
-            Message::Release(claim) => {
+            Message::Release(id, claim) => {
                 if self.journals[there].stones.contains_key(&claim.grant) {
                     return Ok(());
                 }
-                let at = At { node: there, generation: claim.generation.0 };
+                let at = At { node: there, id, generation: claim.generation.0 };
                 self.admit(at, |record| admit::release(known(record, id)?, &claim)).map(drop)
             }
             Message::Revoke(grant) => self.revoke(there, grant),
@@ -441,16 +456,15 @@ impl Cluster {
     }
 
     fn revoke(&mut self, node: usize, grant: Uuid) -> Result<(), Stop> {
-        let id = self.id;
         if self.journals[node].stones.contains_key(&grant) {
             return Ok(());
         }
         let lent_under = |record: &&Record| record.lent().is_some_and(|l| l.to.grant == grant);
         let found = self.journals[node].copies.values().find(lent_under);
-        let Some(generation) = found.map(|record| record.generation.0) else {
+        let Some((id, generation)) = found.map(|record| (record.id, record.generation.0)) else {
             return Err(Stop::Refused(Refusal::GrantUnknown(grant)));
         };
-        self.request(At { node, generation }, |record| admit::revoke(known(record, id)?, grant))
+        self.request(At { node, id, generation }, |record| admit::revoke(known(record, id)?, grant))
     }
 
     fn request(
@@ -468,7 +482,7 @@ impl Cluster {
         node: usize,
         admit: impl FnOnce(Option<&Record>) -> Result<Admitted, Refusal>,
     ) -> Result<(), Stop> {
-        let at = self.newest_at(node).unwrap_or(At { node, generation: 1 });
+        let at = self.newest_at(node).unwrap_or(At { node, id: self.id, generation: 1 });
         self.request(at, admit)
     }
 
@@ -521,7 +535,7 @@ impl Cluster {
 
     fn create(&mut self, node: usize) -> Result<(), Stop> {
         let (id, incarnation) = (self.id, self.world.unique());
-        let at = self.newest_at(node).unwrap_or(At { node, generation: 1 });
+        let at = self.newest_at(node).unwrap_or(At { node, id: self.id, generation: 1 });
         self.undoable(
             at,
             |record| {
@@ -534,7 +548,7 @@ impl Cluster {
 
     fn extend(&mut self, node: usize, regions: usize) -> Result<(), Stop> {
         let (id, size) = (self.id, regions as u64 * REGION_BYTES);
-        let at = self.newest_at(node).unwrap_or(At { node, generation: 1 });
+        let at = self.newest_at(node).unwrap_or(At { node, id: self.id, generation: 1 });
         self.admit(at, |record| admit::extend(known(record, id)?, size, &Self::room()))?;
         let outcome = self.converge(at);
         if let Some(record) = self.record(at).filter(|record| record.growing.is_some()) {
@@ -597,26 +611,37 @@ impl Cluster {
             Event::RevokeAsked,
         )?;
         let record = self.record(source).unwrap();
+        self.receive(from, to, &record)
+    }
+
+    /// The second half of a move: the destination receives what the source has
+    /// granted.
+    fn receive(&mut self, from: usize, to: usize, record: &Record) -> Result<(), Stop> {
+        let id = record.id;
         let lent = record.lent().unwrap();
+        let grant = lent.to.grant;
         let depth = record.receiving().map_or(1, |receiving| receiving.source.depth + 1);
         let offer = Offer {
             id,
             incarnation: record.incarnation,
             size: record.size.bytes(),
             logical_block_size: record.logical_block_size,
+            made_of: record.lineage.made_of,
+            begins: record.lineage.passing,
             source: Source {
                 grant,
                 node: name(from),
                 endpoint: "https://peer".into(),
                 generation: record.generation,
-                hold,
+                hold: lent.hold,
                 depth,
                 export: lent.export.clone(),
             },
         };
-        let handle = self.handle(to);
-        let at = At { node: to, generation: record.generation.next().0 };
-        let elder = self.journals[to].newest().filter(|r| r.generation.0 != at.generation).cloned();
+        let handle = self.world.handle(to, id);
+        let at = At { node: to, id, generation: record.generation.next().0 };
+        let elder =
+            self.journals[to].newest(id).filter(|r| r.generation.0 != at.generation).cloned();
         let outcome = self.undoable(
             at,
             |record| {
@@ -642,7 +667,7 @@ impl Cluster {
 
     fn abort(&mut self, node: usize) -> Result<(), Stop> {
         let id = self.id;
-        let held = self.journals[node].newest().map(|r| self.world.look(node, r).held);
+        let held = self.journals[node].newest(self.id).map(|r| self.world.look(node, r).held);
         self.request_newest(node, |record| admit::abort(known(record, id)?, held.unwrap_or(0)))
     }
 
@@ -657,14 +682,14 @@ impl Cluster {
     }
 
     fn flush(&mut self, node: usize) {
-        let Some(record) = self.journals[node].newest().cloned() else { return };
+        let Some(record) = self.journals[node].newest(self.id).cloned() else { return };
         if self.world.flush_handle(node, &record) == Io::Done(()) {
             self.all_is_stable();
         }
     }
 
     fn read(&mut self, node: usize, region: usize) {
-        let Some(record) = self.journals[node].newest().cloned() else { return };
+        let Some(record) = self.journals[node].newest(self.id).cloned() else { return };
         if let Io::Done(value) = self.world.read_handle(node, &record, region) {
             self.check(region, value);
         }
@@ -737,6 +762,14 @@ impl Cluster {
                 self.power_cut(node);
                 Ok(())
             }
+            Op::Snapshot(node, nth) => self.snapshot(node, nth),
+            Op::DropSnapshot(node, nth, defer) => self.drop_snapshot(node, nth, defer),
+            Op::Make(from, to, nth, of) => self.make(from, to, nth, of),
+            Op::ReadMade(node, region) => {
+                self.read_made(node, region);
+                Ok(())
+            }
+            Op::Revert(node, nth) => self.revert(node, nth),
             Op::Network(up) => {
                 self.world.network = up;
                 Ok(())
@@ -746,7 +779,7 @@ impl Cluster {
                 Ok(())
             }
             Op::Users(node, users) => {
-                if let Some(record) = self.journals[node].newest().cloned() {
+                if let Some(record) = self.journals[node].newest(self.id).cloned() {
                     self.world.set_users(node, &record, users);
                 }
                 Ok(())
@@ -759,7 +792,7 @@ impl Cluster {
 
     /// The nodes that have a copy.
     fn homes(&self) -> Vec<usize> {
-        (0..NODES).filter(|node| !self.journals[*node].copies.is_empty()).collect()
+        (0..NODES).filter(|node| self.journals[*node].newest(self.id).is_some()).collect()
     }
 
     /// Everything works again; everybody has time.
@@ -771,7 +804,7 @@ impl Cluster {
         for round in 0..80 {
             for node in 0..NODES {
                 self.world.close_all(node);
-                if let Some(record) = self.journals[node].newest().cloned() {
+                if let Some(record) = self.journals[node].newest(self.id).cloned() {
                     if round > 20 && record.receiving().is_some_and(|r| !r.stage.is_taken()) {
                         let _ = self.switch(node);
                         let _ = self.abort(node);
@@ -785,6 +818,7 @@ impl Cluster {
                         let _ = self.abort(node);
                     }
                 }
+                self.end_copies(node, round);
                 let _ = self.converge_all(node);
             }
             self.world.hydrate();
@@ -797,6 +831,7 @@ impl Cluster {
     }
 
     fn judge(&mut self) {
+        self.judge_copies();
         match self.homes().as_slice() {
             [] if self.deleted => {
                 assert!((0..NODES).all(|node| self.world.is_clean(node)), "something is left");
@@ -805,11 +840,11 @@ impl Cluster {
             homes if self.deleted => panic!("it is still at {homes:?}: {:#?}", self.journals),
             [home] => {
                 assert_eq!(self.journals[*home].copies.len(), 1, "{:#?}", self.journals[*home]);
-                let record = self.journals[*home].newest().cloned().unwrap();
+                let record = self.journals[*home].newest(self.id).cloned().unwrap();
                 assert_eq!(record.phase, Phase::Local, "no way to rest");
                 self.attach(*home, true).unwrap();
                 for region in 0..self.size {
-                    let record = self.journals[*home].newest().cloned().unwrap();
+                    let record = self.journals[*home].newest(self.id).cloned().unwrap();
                     match self.world.read_handle(*home, &record, region) {
                         Io::Done(value) => self.check(region, value),
                         io => panic!("region {region}: {io:?}"),
@@ -851,12 +886,19 @@ enum Op {
     Network(bool),
     LoseAnswers(bool),
     Users(usize, u32),
+    Snapshot(usize, usize),
+    DropSnapshot(usize, usize, bool),
+    Make(usize, usize, usize, Option<usize>),
+    ReadMade(usize, usize),
+    Revert(usize, usize),
 }
 
 fn any_op() -> impl Strategy<Value = Op> {
     let node = 0usize..NODES;
     let way = (0usize..NODES, 1usize..NODES).prop_map(|(from, by)| (from, (from + by) % NODES));
     let region = 0usize..REGIONS;
+    let nth = 0usize..copies::SNAPSHOTS;
+    let made = (0usize..NODES, 0usize..NODES, 0usize..copies::MADE, any::<bool>(), nth.clone());
     prop_oneof![
         2 => node.clone().prop_map(Op::Create),
         1 => node.clone().prop_map(Op::Delete),
@@ -877,7 +919,15 @@ fn any_op() -> impl Strategy<Value = Op> {
         2 => node.clone().prop_map(Op::PowerCut),
         3 => any::<bool>().prop_map(Op::Network),
         1 => any::<bool>().prop_map(Op::LoseAnswers),
-        1 => (node, 0u32..2).prop_map(|(node, users)| Op::Users(node, users)),
+        1 => (node.clone(), 0u32..2).prop_map(|(node, users)| Op::Users(node, users)),
+        3 => (node.clone(), nth.clone()).prop_map(|(node, nth)| Op::Snapshot(node, nth)),
+        2 => (node.clone(), nth.clone(), any::<bool>())
+            .prop_map(|(node, nth, defer)| Op::DropSnapshot(node, nth, defer)),
+        3 => made.prop_map(|(from, to, nth, whole, of)| {
+            Op::Make(from, to, nth, (!whole).then_some(of))
+        }),
+        2 => (node.clone(), 0usize..REGIONS).prop_map(|(node, nth)| Op::ReadMade(node, nth)),
+        2 => (node, nth).prop_map(|(node, nth)| Op::Revert(node, nth)),
     ]
 }
 
@@ -944,7 +994,7 @@ fn a_source_that_was_fenced_stays_closed_when_it_boots() {
     cluster.switch(1).unwrap();
     cluster.power_cut(0);
     cluster.converge_all(0).unwrap();
-    let record = cluster.journals[0].newest().cloned().unwrap();
+    let record = cluster.journals[0].newest(cluster.id).cloned().unwrap();
     assert!(!cluster.world.has_handle(0, &record));
     assert!(matches!(cluster.attach(0, true), Err(Stop::Refused(Refusal::VolumeFenced { .. }))));
 }
@@ -959,7 +1009,7 @@ fn a_volume_that_was_once_lent_waits_for_a_word_after_a_reboot() {
     cluster.world.network = false;
     cluster.power_cut(0);
     assert!(matches!(cluster.converge_all(0), Err(Stop::Stuck(_))));
-    let record = cluster.journals[0].newest().cloned().unwrap();
+    let record = cluster.journals[0].newest(cluster.id).cloned().unwrap();
     assert!(!cluster.world.has_handle(0, &record), "nobody has confirmed anything");
     assert!(matches!(
         cluster.attach(0, false),
@@ -982,7 +1032,7 @@ fn a_read_that_waits_for_a_lost_source_does_not_keep_an_abort_from_ending() {
     let _ = cluster.converge_all(1);
     cluster.world.activate(1);
     let _ = cluster.converge_all(1);
-    let record = cluster.journals[1].newest().cloned().unwrap();
+    let record = cluster.journals[1].newest(cluster.id).cloned().unwrap();
     assert_eq!(cluster.world.read_handle(1, &record, 0), Io::Waits);
     // Only the source's agent cannot be told yet.
     assert!(matches!(cluster.abort(1), Err(Stop::Stuck(why)) if why.contains("does not answer")));

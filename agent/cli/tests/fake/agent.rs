@@ -16,6 +16,7 @@ use std::{
 use dmlocal_proto::v1::{
     moves_server::{Moves, MovesServer},
     nodes_server::{Nodes, NodesServer},
+    snapshots_server::{Snapshots, SnapshotsServer},
     volumes_server::{Volumes, VolumesServer},
     *,
 };
@@ -147,6 +148,7 @@ fn start(
             let router = server
                 .add_service(NodesServer::new(agent.clone()))
                 .add_service(VolumesServer::new(agent.clone()))
+                .add_service(SnapshotsServer::new(agent.clone()))
                 .add_service(MovesServer::new(agent));
             let serving = async {
                 match listener {
@@ -265,7 +267,8 @@ impl Volumes for Agent {
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<Volume>, Status> {
         let ask = request.into_inner();
-        self.note(format!("Create {} {} {}", ask.id, ask.size_bytes, ask.pool));
+        let source = ask.source.as_ref().map_or_else(String::new, of);
+        self.note(format!("Create {} {} {}{source}", ask.id, ask.size_bytes, ask.pool));
         Ok(Response::new(Volume { id: ask.id, size_bytes: ask.size_bytes, ..Volume::default() }))
     }
 
@@ -314,14 +317,75 @@ impl Volumes for Agent {
         self.note(format!("Detach {}", request.get_ref().id));
         self.known(&request.into_inner().id).map(Response::new)
     }
+
+    async fn revert(
+        &self,
+        request: Request<RevertVolumeRequest>,
+    ) -> Result<Response<Volume>, Status> {
+        let ask = request.into_inner();
+        self.note(format!("Revert {} {} {:?}", ask.id, ask.snapshot_id, ask.generation));
+        self.known(&ask.id).map(Response::new)
+    }
+}
+
+/// What a volume is to be made of.
+fn of(source: &Origin) -> String {
+    match (&source.snapshot_id, &source.volume_id) {
+        (Some(id), None) => format!(" of snapshot {id}"),
+        (None, Some(id)) => format!(" of volume {id}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tonic::async_trait]
+impl Snapshots for Agent {
+    async fn create(
+        &self,
+        request: Request<CreateSnapshotRequest>,
+    ) -> Result<Response<Snapshot>, Status> {
+        let ask = request.into_inner();
+        self.note(format!("Snapshot {} of {}", ask.id, ask.volume_id));
+        let (id, volume_id) = (ask.id, ask.volume_id);
+        Ok(Response::new(Snapshot { id, volume_id, ..Snapshot::default() }))
+    }
+
+    async fn delete(
+        &self,
+        request: Request<DeleteSnapshotRequest>,
+    ) -> Result<Response<DeleteSnapshotResponse>, Status> {
+        let ask = request.into_inner();
+        self.note(format!("DeleteSnapshot {} {} {:?}", ask.id, ask.defer, ask.incarnation));
+        Ok(Response::new(DeleteSnapshotResponse {}))
+    }
+
+    async fn get(&self, _: Request<GetSnapshotRequest>) -> Result<Response<Snapshot>, Status> {
+        Err(refusal(Code::NotFound, "SNAPSHOT_NOT_FOUND", "snapshot not found"))
+    }
+
+    async fn list(
+        &self,
+        _: Request<ListSnapshotsRequest>,
+    ) -> Result<Response<ListSnapshotsResponse>, Status> {
+        let snapshot = Snapshot {
+            id: OTHER.into(),
+            volume_id: ID.into(),
+            size_bytes: 64 << 20,
+            state: SnapshotState::Available.into(),
+            pool: "fast".into(),
+            read_by: vec![ID.into()],
+            ..Snapshot::default()
+        };
+        Ok(Response::new(ListSnapshotsResponse { snapshots: vec![snapshot] }))
+    }
 }
 
 #[tonic::async_trait]
 impl Moves for Agent {
     async fn grant(&self, request: Request<GrantRequest>) -> Result<Response<Grant>, Status> {
         let ask = request.into_inner();
+        let source = ask.source.as_ref().map_or_else(String::new, of);
         self.note(format!(
-            "Grant {} {} {} {} {}",
+            "Grant {} {} {} {} {}{source}",
             ask.id, ask.node, ask.host_nqn, ask.endpoint, ask.hold
         ));
         let grant = Grant {
@@ -330,6 +394,8 @@ impl Moves for Agent {
             source_node: self.name.clone(),
             node: ask.node,
             hold: ask.hold,
+            begins: ask.source.is_some(),
+            source: ask.source,
             ..Grant::default()
         };
         self.treat(&self.manners.grant, grant).await

@@ -80,6 +80,32 @@ fn every_command_asks_for_what_it_was_told() {
         (&["volume", "abort", ID], format!("Abort {ID}"), ""),
         (&["volume", "extend", ID, "--size", "1GiB"], format!("Extend {ID} 1073741824"), "ID"),
         (&["volume", "switch", ID], format!("Switch {ID}"), "ID"),
+        (
+            &["volume", "create", OTHER, "--from-volume", ID, "--pool", "fast"],
+            format!("Create {OTHER} 0 fast of volume {ID}"),
+            &format!("{OTHER}\n"),
+        ),
+        (
+            &["volume", "create", ID, "--from-snapshot", OTHER],
+            format!("Create {ID} 0  of snapshot {OTHER}"),
+            &format!("{ID}\n"),
+        ),
+        (
+            &["volume", "revert", ID, "--snapshot", OTHER, "--generation", "3"],
+            format!("Revert {ID} {OTHER} Some(3)"),
+            "ID",
+        ),
+        (
+            &["snapshot", "create", OTHER, "--volume", ID],
+            format!("Snapshot {OTHER} of {ID}"),
+            &format!("{OTHER}\n"),
+        ),
+        (&["snapshot", "delete", OTHER], format!("DeleteSnapshot {OTHER} false None"), ""),
+        (
+            &["snapshot", "delete", OTHER, "--defer"],
+            format!("DeleteSnapshot {OTHER} true None"),
+            "",
+        ),
         (&["hydration", "pause", ID], format!("Pause {ID}"), "ID"),
         (&["hydration", "resume", ID], format!("Resume {ID}"), "ID"),
         (

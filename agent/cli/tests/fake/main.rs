@@ -3,5 +3,6 @@
 mod agent;
 mod commands;
 mod moves;
+mod snapshots;
 mod tls;
 mod watching;

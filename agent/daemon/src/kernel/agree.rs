@@ -340,6 +340,8 @@ impl Story<'_> {
             incarnation: source.incarnation,
             size: source.size.bytes(),
             logical_block_size: source.logical_block_size,
+            made_of: None,
+            begins: false,
             source: Source {
                 grant: to.grant,
                 node: "a".to_owned(),

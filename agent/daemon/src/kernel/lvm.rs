@@ -12,6 +12,7 @@
 //! Calls for one volume group are serialised by the caller.
 
 mod report;
+mod snapshot;
 #[cfg(test)]
 mod test;
 

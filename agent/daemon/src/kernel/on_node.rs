@@ -250,7 +250,7 @@ impl Volume {
     }
 
     fn data(self, generation: u64) -> String {
-        data_lv(self.0, Generation(generation))
+        data_lv(self.0, Generation(generation), 0)
     }
 
     fn meta(self, generation: u64) -> String {

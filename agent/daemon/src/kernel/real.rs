@@ -14,7 +14,7 @@ use dmlocal_model::{
     plan::{self, Device, Import, Lv, Presence, Seen, Step},
     table::{CloneStatus, Table, Target},
     units::{DevNo, Sectors},
-    volume::{Event, ExportName, Record},
+    volume::{Event, ExportName, Record, Template},
 };
 use uuid::Uuid;
 
@@ -157,6 +157,14 @@ impl RealKernel {
         })
     }
 
+    /// A data LV with the content of another.
+    fn copy(&self, record: &Record, template: &Template) -> Result<Event, StepError> {
+        let origin = lv_uuid(&template.data)?;
+        let vg = self.vg(&record.pool)?;
+        let made = vg.snapshot(&plan::made_lv(record), &template.name, &origin)?;
+        Ok(Event::Allocated { data: made.dm_uuid(), meta: None })
+    }
+
     fn allocate(&self, record: &Record, data: u64, meta: Option<u64>) -> Result<Event, StepError> {
         let (data_name, meta_name) = plan::lv_names(record);
         let thick = meta.map(|size| (meta_name.as_str(), size));
@@ -200,6 +208,26 @@ impl RealKernel {
         }
         let doomed: Vec<(&str, &str)> =
             doomed.iter().map(|(name, uuid)| (name.as_str(), uuid.as_str())).collect();
+        Ok(vg.remove(&doomed)?)
+    }
+
+    /// Removes a data LV that is not the volume's: by its UUID, or by name and tag
+    /// where a crash kept it from being journalled.
+    fn retire_data(
+        &self,
+        record: &Record,
+        name: &str,
+        dm_uuid: Option<&str>,
+    ) -> Result<(), StepError> {
+        if dm_uuid.is_some() && dm_uuid == record.data.as_deref() {
+            return Err(StepError::Refused(format!("{name} is the volume's")));
+        }
+        let vg = self.vg(&record.pool)?;
+        let uuid = match dm_uuid {
+            Some(dm_uuid) => Some(lv_uuid(dm_uuid)?),
+            None => vg.lvs()?.into_iter().find(|lv| lv.name == name).map(|lv| lv.uuid),
+        };
+        let doomed: Vec<_> = uuid.iter().map(|uuid| (name, uuid.as_str())).collect();
         Ok(vg.remove(&doomed)?)
     }
 
@@ -478,6 +506,8 @@ impl Kernel for RealKernel {
             path_failed,
             connecting: false,
             resting: false,
+            read: false,
+            asked: false,
             tuned: None,
             cache_dropped: false,
             announced: false,
@@ -495,7 +525,12 @@ impl Kernel for RealKernel {
     fn apply(&self, record: &Record, step: &Step) -> Result<Option<Event>, StepError> {
         let name = |role| plan::dm_name(record, role);
         match step {
-            Step::Allocate { data, meta } => return self.allocate(record, *data, *meta).map(Some),
+            Step::Allocate { of: Some(template), .. } => {
+                return self.copy(record, template).map(Some);
+            }
+            Step::Allocate { data, meta, of: None } => {
+                return self.allocate(record, *data, *meta).map(Some);
+            }
             Step::Grow { to, meta: meta_size } => {
                 let (data, meta) = plan::lv_names(record);
                 self.vg(&record.pool)?.extend(&data, to.bytes())?;
@@ -505,6 +540,9 @@ impl Kernel for RealKernel {
             }
             Step::RetireMeta => self.retire(record, false)?,
             Step::RetireAll => self.retire(record, true)?,
+            Step::RetireData { name, uuid } => {
+                self.retire_data(record, name, uuid.as_deref())?;
+            }
             Step::ZeroMeta(device) => {
                 let receiving = record.receiving();
                 self.same(receiving.and_then(|receiving| receiving.meta.as_ref()), *device)?;

@@ -7,7 +7,7 @@ use dmlocal_model::{
     hydration,
     name::{DmName, Generation, Role, VolumeId, canonical_uuid},
     table::CloneStatus,
-    volume::{ExportName, LentStage, Phase, ReceivingStage, Record, Source},
+    volume::{ExportName, LentStage, Origin, Phase, ReceivingStage, Record, Source},
 };
 use dmlocal_proto::{API_VERSION, OLDEST_API_VERSION, v1};
 use uuid::Uuid;
@@ -98,6 +98,8 @@ pub(super) fn grant(record: &Record, node: &str, endpoint: &str) -> Option<v1::G
         api_version: API_VERSION,
         oldest_api_version: OLDEST_API_VERSION,
         depth: record.receiving().map_or(1, |receiving| receiving.source.depth.saturating_add(1)),
+        source: record.lineage.made_of.map(made_of),
+        begins: record.lineage.passing,
     })
 }
 
@@ -137,6 +139,8 @@ pub(super) fn offer(grant: v1::Grant, this_node: &str) -> Result<Offer, ServiceE
         incarnation: uuid("grant.incarnation", &grant.incarnation)?,
         size: grant.size_bytes,
         logical_block_size: grant.logical_block_size,
+        made_of: grant.source.map(|source| origin("grant.source", source)).transpose()?,
+        begins: grant.begins,
         source: Source {
             grant: id,
             node: word("grant.source_node", &grant.source_node)?,
@@ -163,7 +167,7 @@ fn state(view: &View) -> v1::VolumeState {
         LentStage::Releasing => S::Releasing,
     };
     let receiving = match &view.record.phase {
-        Phase::Creating | Phase::Local => return S::Local,
+        Phase::Creating | Phase::Local | Phase::Reverting(_) => return S::Local,
         Phase::Deleting => return S::Releasing,
         Phase::Lent(to) => return lent(to.stage),
         Phase::Receiving(receiving) => receiving,
@@ -250,7 +254,58 @@ pub(super) fn volume(view: &View) -> v1::Volume {
                 matches!(receiving.stage, S::Held | S::Refused | S::Switching)
             })
             .map(|_| view.seen.as_ref().map_or(0, |seen| seen.held)),
+        source: record.lineage.made_of.map(made_of),
     }
+}
+
+fn made_of(origin: Origin) -> v1::Origin {
+    match origin {
+        Origin::Snapshot(id) => v1::Origin { snapshot_id: Some(id.to_string()), volume_id: None },
+        Origin::Volume(id) => v1::Origin { snapshot_id: None, volume_id: Some(id.to_string()) },
+    }
+}
+
+/// What a volume is to be made of.
+pub(super) fn origin(field: &'static str, source: v1::Origin) -> Result<Origin, ServiceError> {
+    match (source.snapshot_id, source.volume_id) {
+        (Some(id), None) => Ok(Origin::Snapshot(volume_id(&id)?)),
+        (None, Some(id)) => Ok(Origin::Volume(volume_id(&id)?)),
+        (None, None) | (Some(_), Some(_)) => {
+            let problem = "must name a snapshot or a volume".to_owned();
+            Err(ServiceError::Argument { field, problem })
+        }
+    }
+}
+
+/// A snapshot as callers see it; none for what is no snapshot.
+pub(super) fn snapshot(view: &View, all: &[View]) -> Option<v1::Snapshot> {
+    use v1::SnapshotState as S;
+    let record = &view.record;
+    let taken = record.taken()?;
+    let state = match record.phase {
+        Phase::Creating => S::Creating,
+        Phase::Local if !taken.deferred => S::Available,
+        Phase::Local
+        | Phase::Lent(_)
+        | Phase::Receiving(_)
+        | Phase::Relaying(_)
+        | Phase::Reverting(_)
+        | Phase::Deleting => S::Deleting,
+    };
+    let readers = all.iter().filter(|view| view.record.reads(record.id));
+    Some(v1::Snapshot {
+        id: record.id.to_string(),
+        volume_id: taken.volume.to_string(),
+        volume_incarnation: taken.incarnation.to_string(),
+        size_bytes: record.size.bytes(),
+        state: state as i32,
+        pool: record.pool.clone(),
+        logical_block_size: record.logical_block_size,
+        created_s: taken.at,
+        incarnation: record.incarnation.to_string(),
+        read_by: readers.map(|view| view.record.id.to_string()).collect(),
+        detail: view.detail.clone(),
+    })
 }
 
 fn seconds(time: SystemTime) -> u64 {
@@ -265,6 +320,8 @@ mod test {
         let uuid = |last: u8| format!("11111111-2222-4333-8444-5555555555{last:02x}");
         v1::Grant {
             depth: 1,
+            source: None,
+            begins: false,
             id: uuid(1),
             volume_id: uuid(2),
             incarnation: uuid(3),

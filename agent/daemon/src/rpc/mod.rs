@@ -4,6 +4,7 @@ mod auth;
 mod convert;
 mod moves;
 mod nodes;
+mod snapshots;
 mod status;
 #[cfg(test)]
 mod test;
@@ -55,6 +56,7 @@ async fn router(service: &Arc<Service>, mut server: Server) -> anyhow::Result<Ro
     health.set_serving::<v1::nodes_server::NodesServer<Face>>().await;
     health.set_serving::<v1::volumes_server::VolumesServer<Face>>().await;
     health.set_serving::<v1::moves_server::MovesServer<Face>>().await;
+    health.set_serving::<v1::snapshots_server::SnapshotsServer<Face>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(DESCRIPTORS)
         .build_v1()?;
@@ -64,6 +66,10 @@ async fn router(service: &Arc<Service>, mut server: Server) -> anyhow::Result<Ro
         .add_service(v1::nodes_server::NodesServer::new(face.clone()))
         .add_service(
             v1::volumes_server::VolumesServer::new(face.clone())
+                .max_decoding_message_size(MAX_MESSAGE),
+        )
+        .add_service(
+            v1::snapshots_server::SnapshotsServer::new(face.clone())
                 .max_decoding_message_size(MAX_MESSAGE),
         )
         .add_service(

@@ -49,8 +49,18 @@ impl v1::moves_server::Moves for Face {
             }));
         };
         let service = Arc::clone(&self.service);
-        let granted =
-            whole(async move { service.grant(id, to, host_nqn, request.hold).await }).await?;
+        let hold = request.hold;
+        let granted = match request.source {
+            None => whole(async move { service.grant(id, to, host_nqn, hold).await }).await?,
+            Some(_) if hold => {
+                let problem = "must be false: nobody writes what is new".into();
+                return Err(status(ServiceError::Argument { field: "hold", problem }));
+            }
+            Some(source) => {
+                let origin = convert::origin("source", source).map_err(status)?;
+                whole(async move { service.grant_of(id, origin, to, host_nqn).await }).await?
+            }
+        };
         let grant = convert::grant(&granted.record, &config.node, endpoint)
             .ok_or_else(|| status(ServiceError::Internal("the grant is gone".into())))?;
         Ok(Response::new(grant))

@@ -122,6 +122,7 @@ async fn watch(
         let now: BTreeMap<Copy, v1::Volume> = volumes
             .views()
             .iter()
+            .filter(|view| view.record.taken().is_none())
             .filter(|view| only.is_none_or(|only| view.record.id == only))
             .map(|view| ((view.record.id, view.record.generation), convert::volume(view)))
             .collect();

@@ -74,8 +74,12 @@ fn classify(error: &ServiceError) -> (Code, &'static str, HashMap<String, String
 
 const fn refusal_code(refusal: &Refusal) -> Code {
     match refusal {
-        Refusal::VolumeNotFound(_) | Refusal::PoolNotFound(_) => Code::NotFound,
-        Refusal::VolumeExists { .. } | Refusal::GrantExists { .. } => Code::AlreadyExists,
+        Refusal::VolumeNotFound(_) | Refusal::PoolNotFound(_) | Refusal::SnapshotNotFound(_) => {
+            Code::NotFound
+        }
+        Refusal::VolumeExists { .. }
+        | Refusal::GrantExists { .. }
+        | Refusal::SnapshotExists { .. } => Code::AlreadyExists,
         Refusal::SizeInvalid { .. }
         | Refusal::SizeSmaller { .. }
         | Refusal::SettingOutOfRange { .. }
@@ -88,6 +92,10 @@ const fn refusal_code(refusal: &Refusal) -> Code {
         | Refusal::VolumePublished { .. }
         | Refusal::VolumeFenced { .. }
         | Refusal::VolumeMoving(_)
+        | Refusal::VolumeReverting(_)
+        | Refusal::SnapshotInUse { .. }
+        | Refusal::SnapshotOfAnother { .. }
+        | Refusal::PoolOfSource { .. }
         | Refusal::VolumeNotHeld(_)
         | Refusal::VolumeNotHydrating(_)
         | Refusal::VolumeFailed { .. }
@@ -107,9 +115,11 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
         Refusal::VolumeNotFound(id)
         | Refusal::VolumeAttached(id)
         | Refusal::VolumeMoving(id)
+        | Refusal::VolumeReverting(id)
+        | Refusal::SnapshotNotFound(id)
         | Refusal::VolumeNotHeld(id)
         | Refusal::VolumeNotHydrating(id) => vec![("id", id.to_string())],
-        Refusal::VolumeExists { id, field } => {
+        Refusal::VolumeExists { id, field } | Refusal::SnapshotExists { id, field } => {
             vec![("id", id.to_string()), ("field", (*field).to_owned())]
         }
         Refusal::SizeInvalid { size, block } => {
@@ -146,7 +156,15 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
             ("newest", newest.to_string()),
             ("ours", ours.clone()),
         ],
-        Refusal::PoolNotFound(pool) => vec![("pool", pool.clone())],
+        Refusal::SnapshotInUse { id, by } => {
+            vec![("id", id.to_string()), ("volume_id", by.to_string())]
+        }
+        Refusal::SnapshotOfAnother { id, volume } => {
+            vec![("id", id.to_string()), ("volume_id", volume.to_string())]
+        }
+        Refusal::PoolNotFound(pool) | Refusal::PoolOfSource { pool } => {
+            vec![("pool", pool.clone())]
+        }
         Refusal::PoolMissing { pool, why } => vec![("pool", pool.clone()), ("why", why.clone())],
         Refusal::HandleInUse { path } => vec![("path", path.clone())],
         Refusal::ConfirmationRequired { id, node, generation } => vec![

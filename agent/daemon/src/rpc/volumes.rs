@@ -13,6 +13,7 @@ use super::{
     status::status,
     whole,
 };
+use crate::reconcile::ServiceError;
 
 const ROLES: [Role; 2] = [Role::Driver, Role::Operator];
 
@@ -27,7 +28,17 @@ impl v1::volumes_server::Volumes for Face {
         let id = convert::volume_id(&request.id).map_err(status)?;
         let service = Arc::clone(&self.service);
         let (size, pool) = (request.size_bytes, request.pool);
-        let view = whole(async move { service.create(id, size, &pool).await }).await?;
+        let view = match request.source {
+            None => whole(async move { service.create(id, size, &pool).await }).await?,
+            Some(_) if size != 0 => {
+                let problem = "must be 0: it is the source's".into();
+                return Err(status(ServiceError::Argument { field: "size_bytes", problem }));
+            }
+            Some(source) => {
+                let origin = convert::origin("source", source).map_err(status)?;
+                whole(async move { service.create_of(id, origin, &pool).await }).await?
+            }
+        };
         Ok(Response::new(convert::volume(&view)))
     }
 
@@ -63,7 +74,9 @@ impl v1::volumes_server::Volumes for Face {
         request: Request<v1::ListVolumesRequest>,
     ) -> Result<Response<v1::ListVolumesResponse>, Status> {
         Caller::of(&request)?.must_be(&ROLES)?;
-        let volumes = self.service.volumes.views().iter().map(convert::volume).collect();
+        let views = self.service.volumes.views();
+        let volumes = views.iter().filter(|view| view.record.taken().is_none());
+        let volumes = volumes.map(convert::volume).collect();
         Ok(Response::new(v1::ListVolumesResponse { volumes }))
     }
 
@@ -104,6 +117,20 @@ impl v1::volumes_server::Volumes for Face {
             .map_err(status)?;
         let service = Arc::clone(&self.service);
         let view = whole(async move { service.detach(which).await }).await?;
+        Ok(Response::new(convert::volume(&view)))
+    }
+
+    async fn revert(
+        &self,
+        request: Request<v1::RevertVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        Caller::of(&request)?.must_be(&ROLES)?;
+        let request = request.into_inner();
+        let which = convert::which(&request.id, request.generation, request.incarnation.as_deref())
+            .map_err(status)?;
+        let snapshot = convert::volume_id(&request.snapshot_id).map_err(status)?;
+        let service = Arc::clone(&self.service);
+        let view = whole(async move { service.revert(which, snapshot).await }).await?;
         Ok(Response::new(convert::volume(&view)))
     }
 }

@@ -52,6 +52,7 @@ const RECEIVING: &str = "
 
 fn events() -> Vec<Event> {
     let failure = Failure { why: "why".into(), boot: Uuid::from_u128(1) };
+    let snapshot = VolumeId::new(Uuid::from_u128(8));
     vec![
         Event::Allocated { data: "data".into(), meta: Some("meta".into()) },
         Event::SourceGrew(Sectors(16)),
@@ -74,7 +75,14 @@ fn events() -> Vec<Event> {
         Event::Revoked,
         Event::ReleaseAsked,
         Event::DeleteAsked,
+        Event::Allocated { data: "new".into(), meta: None },
+        Event::RevertAsked { snapshot, template: template(), size: Sectors(4) },
+        Event::RevertGivenUp,
     ]
+}
+
+fn template() -> Template {
+    Template { data: "of".into(), name: "name".into() }
 }
 
 fn export() -> ExportName {
@@ -128,6 +136,7 @@ fn record(phase: Phase) -> Record {
         lent_before: None,
         confirmed_in: None,
         tuning: Tuning::default(),
+        lineage: Lineage::default(),
         phase,
     }
 }
@@ -236,4 +245,55 @@ fn a_relaying_copy_is_both_and_ends_as_what_is_left() {
     assert!(early.is_err(), "it is being taken down: its source hears of it at the end");
     let retired = relay(ReceivingStage::Hydrating, LentStage::Releasing).after(Event::Retired);
     assert_eq!(retired.unwrap().receiving().unwrap().stage, ReceivingStage::Discarded);
+}
+
+const REVERTING: &str = "
+    Making --Allocated--> Retiring
+    Making --RevertGivenUp--> Undoing
+    Undoing --RevertGivenUp--> Undoing
+    Undoing --Retired--> local
+    Retiring --Retired--> local";
+
+#[test]
+fn a_volume_goes_back_to_a_snapshot_in_one_change_of_the_journal() {
+    let snapshot = VolumeId::new(Uuid::from_u128(8));
+    let making = |stage: &RevertStage| {
+        let (template, size, stage) = (template(), Sectors(4), stage.clone());
+        Phase::Reverting(Box::new(Revert { snapshot, template, size, stage }))
+    };
+    let stage = |record: &Record| match &record.phase {
+        Phase::Reverting(revert) => Some(word(&revert.stage)),
+        _ => None,
+    };
+    let mut found = BTreeSet::new();
+    for from in [RevertStage::Making, RevertStage::Undoing, RevertStage::Retiring("old".into())] {
+        for event in events() {
+            let before = Record { data: Some("old".into()), ..record(making(&from)) };
+            let name = word(&event);
+            let Ok(after) = before.after(event) else { continue };
+            let to = stage(&after).unwrap_or_else(|| "local".to_owned());
+            found.insert(format!("{} --{name}--> {to}", word(&from)));
+            let reverted = to == "Retiring";
+            let data = if reverted { "new" } else { "old" };
+            assert_eq!(after.data.as_deref(), Some(data));
+            assert_eq!(after.lineage.revision, u32::from(reverted), "its name");
+            let grows = (after.size, after.growing);
+            let smaller = (Sectors(4), Some(Sectors(8)));
+            assert_eq!(grows, if reverted { smaller } else { (Sectors(8), None) });
+        }
+    }
+    assert_eq!(found, table(REVERTING));
+}
+
+#[test]
+fn a_copy_that_was_made_for_a_grant_goes_with_it() {
+    let mut passing = record(Phase::Lent(lent(LentStage::Revoking)));
+    passing.lineage.passing = true;
+    assert_eq!(passing.after(Event::Revoked).unwrap().phase, Phase::Deleting);
+    let mut half_made = record(Phase::Lent(lent(LentStage::Published)));
+    half_made.lineage.template = Some(template());
+    let made = Event::Allocated { data: "data".into(), meta: None };
+    let after = half_made.after(made.clone()).unwrap();
+    assert_eq!((after.data.as_deref(), &after.lineage.template), (Some("data"), &None));
+    assert!(after.after(made).is_err(), "it has its data");
 }

@@ -23,10 +23,10 @@ use proptest::{
 use super::{Cluster, Op, any_op};
 use crate::{
     name::Role,
-    plan::{Call, Next, Step, Wait},
+    plan::{self, Call, Next, Step, Wait},
     table::{Table, Target},
     units::Sectors,
-    volume::{Event, LentStage, ReceivingStage, Record},
+    volume::{Event, LentStage, Phase, ReceivingStage, Record},
 };
 
 /// Walks of a run.
@@ -56,10 +56,14 @@ pub(super) enum Sabotage {
     SealsTheWrongWay,
     /// What the source has grown by while it was held is left out.
     ForgetsTheGrowth,
+    /// A snapshot is taken of a copy that was handed over.
+    SnapshotsWhatIsFenced,
+    /// A revert removes the old data before the new is journalled.
+    RevertsRemovingFirst,
 }
 
 impl Sabotage {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 11] = [
         Self::FenceLeavesTheHandle,
         Self::FenceDoesNotFlush,
         Self::OpensUnasked,
@@ -69,6 +73,8 @@ impl Sabotage {
         Self::ZeroesAgain,
         Self::SealsTheWrongWay,
         Self::ForgetsTheGrowth,
+        Self::SnapshotsWhatIsFenced,
+        Self::RevertsRemovingFirst,
     ];
 
     /// What is done instead.
@@ -118,6 +124,13 @@ impl Sabotage {
                 },
                 _ => Next::Do(steps),
             },
+            (Self::RevertsRemovingFirst, Next::Allocate(mut steps))
+                if matches!(record.phase, Phase::Reverting(_)) =>
+            {
+                let (name, _) = plan::lv_names(record);
+                steps.insert(0, Step::RetireData { name, uuid: record.data.clone() });
+                Next::Allocate(steps)
+            }
             (Self::SealsTheWrongWay, Next::Do(steps)) => match steps.as_slice() {
                 [Step::Seal(table)] => Next::Do(vec![
                     Step::Set(Role::Handle, table.clone()),
@@ -199,7 +212,8 @@ fn whatever_happens_the_last_acknowledged_write_is_read() {
 /// What the oracle says of lost and stale data, and of two writers; a copy that can
 /// never be whole has lost its source. A walk that trips over its own sabotage
 /// proves nothing.
-const NOTICED: [&str; 6] = [
+const NOTICED: [&str; 7] = [
+    "an LV that the journal knows is gone",
     "no way to rest",
     "is stale",
     "under an old generation",

@@ -13,7 +13,7 @@ use super::LvmError;
 /// What is asked of a logical volume. lvm2 takes these names without `lv_`, which
 /// keeps the line short; the report has their full names.
 pub(super) const FIELDS: &str = "name,uuid,vg_uuid,size,tags,pool_lv,thin_id,active,device_open,\
-                      vg_extent_size,kernel_major,kernel_minor";
+                      vg_extent_size,kernel_major,kernel_minor,origin_uuid";
 
 /// What is asked of a thin pool.
 pub(super) const POOL_FIELDS: &str = "lv_size,data_percent,metadata_percent,chunk_size,zero,lv_when_full,\
@@ -44,6 +44,8 @@ pub struct Lv {
     pub number: Option<DevNo>,
     /// The unit in which sizes are rounded up, in bytes.
     pub extent_size: u64,
+    /// UUID of what it is a thin snapshot of, as long as that exists.
+    pub origin_uuid: Option<String>,
 }
 
 impl Lv {
@@ -163,6 +165,7 @@ fn read_lv(row: &Row) -> Result<Lv, LvmError> {
         open: !field(row, "lv_device_open")?.is_empty(),
         number: number_of.map(|(major, minor)| DevNo { major, minor }),
         extent_size: number::<u64>(row, "vg_extent_size")?.max(1),
+        origin_uuid: filled(field(row, "origin_uuid")?),
     })
 }
 

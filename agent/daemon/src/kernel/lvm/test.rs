@@ -18,7 +18,7 @@ fn row(name: &str, tags: &str, size: u64, pool: &str) -> String {
         r#"{{"lv_name":"{name}", "lv_uuid":"{UUID}", "vg_uuid":"{VG_UUID}",
             "lv_size":"{size}", "lv_tags":"{tags}", "pool_lv":"{pool}", "thin_id":"7",
             "lv_active":"active", "lv_device_open":"", "vg_extent_size":"4194304",
-            "lv_kernel_major":"254", "lv_kernel_minor":"9"}}"#
+            "lv_kernel_major":"254", "lv_kernel_minor":"9", "origin_uuid":""}}"#
     )
 }
 
