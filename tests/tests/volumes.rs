@@ -14,6 +14,8 @@ mod faults;
 mod moves;
 #[path = "volumes/refusals.rs"]
 mod refusals;
+#[path = "volumes/snapshots.rs"]
+mod snapshots;
 #[path = "volumes/stays.rs"]
 mod stays;
 
@@ -54,6 +56,8 @@ const SCENARIOS: &[Scenario] = scenarios![
     moves::a_volume_grows_while_it_is_copied,
     moves::a_volume_is_deleted_before_it_has_arrived,
     moves::no_host_looks_into_a_volume,
+    snapshots::a_snapshot_is_of_one_moment_and_a_volume_goes_back_to_it,
+    snapshots::a_volume_is_made_of_a_snapshot_on_another_node,
     refusals::requests_that_make_no_sense_change_nothing,
     refusals::requests_during_a_move_change_nothing,
     refusals::certificates_of_other_roles_are_refused,
@@ -85,6 +89,7 @@ const LONG: &[&str] = &[
     "a_volume_grows_while_it_is_copied",
     "a_volume_is_deleted_before_it_has_arrived",
     "no_host_looks_into_a_volume",
+    "a_snapshot_is_of_one_moment_and_a_volume_goes_back_to_it",
     "a_kernel_without_dm_clone_is_named",
     "agents_killed_while_a_volume_arrives_go_on",
     "agents_killed_while_copying_go_on",
