@@ -90,6 +90,7 @@ const LONG: &[&str] = &[
     "a_volume_is_deleted_before_it_has_arrived",
     "no_host_looks_into_a_volume",
     "a_snapshot_is_of_one_moment_and_a_volume_goes_back_to_it",
+    "a_volume_is_made_of_a_snapshot_on_another_node",
     "a_kernel_without_dm_clone_is_named",
     "agents_killed_while_a_volume_arrives_go_on",
     "agents_killed_while_copying_go_on",
