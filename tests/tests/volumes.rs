@@ -10,6 +10,8 @@
 mod bed;
 #[path = "volumes/faults.rs"]
 mod faults;
+#[path = "volumes/lost.rs"]
+mod lost;
 #[path = "volumes/moves.rs"]
 mod moves;
 #[path = "volumes/refusals.rs"]
@@ -68,6 +70,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     faults::a_destination_boots_while_its_source_is_away,
     faults::a_source_that_lost_power_is_waited_for,
     faults::a_source_behind_a_pulled_cable_is_waited_for,
+    lost::a_source_that_is_lost_for_ever_is_given_up,
 ];
 
 /// How much of the scenarios runs: `DMLOCAL_SCENARIOS` says `long` or `full`, and a

@@ -207,6 +207,16 @@ pub(crate) enum VolumeCommand {
     Switch(Which),
     /// Give a held move up; ask the destination
     Abort(Which),
+    /// Give up a source that is lost for ever, with what was only there; ask the
+    /// destination
+    ForgetSource {
+        /// The volume
+        #[command(flatten)]
+        which: Which,
+        /// What was only at the source is lost
+        #[arg(long, required = true)]
+        i_accept_data_loss: bool,
+    },
 }
 
 /// `hydration …`

@@ -5,9 +5,9 @@ use std::{fs, path::Path};
 use clap::CommandFactory as _;
 use dmlocal_proto::v1::{
     AbortRequest, AttachVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest,
-    DetachVolumeRequest, ExtendVolumeRequest, GetVolumeRequest, ListPoolsRequest,
-    ListVolumesRequest, PauseHydrationRequest, ResumeHydrationRequest, SwitchRequest,
-    TuneHydrationRequest, Volume,
+    DetachVolumeRequest, ExtendVolumeRequest, ForgetSourceRequest, GetVolumeRequest,
+    ListPoolsRequest, ListVolumesRequest, PauseHydrationRequest, ResumeHydrationRequest,
+    SwitchRequest, TuneHydrationRequest, Volume,
 };
 
 use crate::{
@@ -181,6 +181,22 @@ async fn volume(global: &Global, command: &VolumeCommand) -> Result<(), Failure>
             let ask = AbortRequest { id, generation, incarnation };
             agent.ask(agent.moves().abort(ask)).await?;
             print_done(global)
+        }
+        VolumeCommand::ForgetSource { which, i_accept_data_loss } => {
+            let Which { id, generation, incarnation } = which;
+            let (agent, id) = to_volume(global, id).await?;
+            let ask = ForgetSourceRequest {
+                id,
+                accept_data_loss: *i_accept_data_loss,
+                generation: *generation,
+                incarnation: incarnation.clone(),
+            };
+            let forgotten = agent.ask(agent.moves().forget_source(ask)).await?;
+            match global.output {
+                Output::Json => output::print_json(&forgotten)?,
+                Output::Table => output::print(&output::forgotten(&forgotten))?,
+            };
+            Ok(())
         }
     }
 }

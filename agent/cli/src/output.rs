@@ -4,7 +4,7 @@ use std::io::{self, Write as _};
 
 use dmlocal_proto::{
     state_word,
-    v1::{Node, Pool, Volume},
+    v1::{ForgetSourceResponse, Node, Pool, Volume},
 };
 use serde::Serialize;
 
@@ -185,6 +185,7 @@ pub(crate) fn volume(volume: &Volume) -> String {
         ("grant", text(&volume.grant_id)),
         ("percent", known(volume.percent.map(share))),
         ("left", known(volume.bytes_left.map(size::show))),
+        ("lost", known(volume.bytes_lost.map(size::show))),
         ("rate", known(volume.rate_bytes_per_s.map(rate))),
         ("eta", known(volume.eta_s.map(duration))),
         ("region", known(volume.region_bytes.map(size::show))),
@@ -195,6 +196,17 @@ pub(crate) fn volume(volume: &Volume) -> String {
         ("hydration threshold", setting(hydration.map(|h| h.threshold))),
         ("hydration batch", setting(hydration.map(|h| h.batch))),
     ])
+}
+
+/// What was lost with a source that was given up.
+pub(crate) fn forgotten(forgotten: &ForgetSourceResponse) -> String {
+    match forgotten.regions_lost {
+        0 => "nothing is lost\n".to_owned(),
+        regions => {
+            let bytes = forgotten.bytes_lost;
+            format!("lost: {} ({bytes} bytes) in {regions} regions\n", size::show(bytes))
+        }
+    }
 }
 
 /// The table of `pool list`.

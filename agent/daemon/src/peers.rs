@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Mutex, time::Duration};
 
 use async_trait::async_trait;
-use dmlocal_model::{admit::Claim, name::VolumeId, volume::Borrower};
+use dmlocal_model::{admit::Claim, forget::GrantFate, name::VolumeId, volume::Borrower};
 use dmlocal_proto::v1;
 use tonic::{
     Code, Status,
@@ -72,8 +72,13 @@ pub trait Peers: Send + Sync + 'static {
     /// The grant is given back unused.
     async fn revoke(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError>;
 
-    /// Whether the peer has taken the volume under the grant.
-    async fn query(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<bool, PeerError>;
+    /// What became of the grant at the peer.
+    async fn query(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+    ) -> Result<GrantFate, PeerError>;
 }
 
 /// Peers over gRPC with mutual TLS.
@@ -189,12 +194,18 @@ impl Peers for TlsPeers {
         self.outcome(peer, answer).map(|_| ())
     }
 
-    async fn query(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<bool, PeerError> {
+    async fn query(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+    ) -> Result<GrantFate, PeerError> {
         let request = v1::QueryGrantRequest {
             volume_id: volume.to_string(),
             grant_id: claim.grant.to_string(),
         };
         let answer = self.moves(peer)?.query_grant(request).await;
-        Ok(self.outcome(peer, answer)?.taken)
+        let v1::QueryGrantResponse { taken, released } = self.outcome(peer, answer)?;
+        Ok(GrantFate { taken, released })
     }
 }

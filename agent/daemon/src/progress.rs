@@ -61,7 +61,8 @@ impl Progress {
         }
         seen.resting = pool_is_high || self.over_budget(record.tuning.rate, here, now);
         self.resting = seen.resting;
-        let silent = hydrated < total && (!seen.import.live || seen.path_failed);
+        let silent =
+            hydrated < total && !receiving.forgotten && (!seen.import.live || seen.path_failed);
         self.stalled_since = silent.then(|| self.stalled_since.unwrap_or_else(SystemTime::now));
     }
 

@@ -423,7 +423,7 @@ impl Volumes {
             let pause = match rest {
                 Some(Rest::Settled) => None,
                 Some(Rest::Wait(Wait::Switch)) => Some(HELD_POLL),
-                Some(Rest::Wait(Wait::Hydration | Wait::Source)) => Some(COPY_LOOK),
+                Some(Rest::Wait(Wait::Hydration | Wait::Source | Wait::Lost)) => Some(COPY_LOOK),
                 Some(Rest::Wait(Wait::Pool)) => Some(RETRY * 2),
                 Some(Rest::Wait(Wait::Operator | Wait::Peer)) => Some(RETRY * 5),
                 None => Some(RETRY),
@@ -587,7 +587,11 @@ impl Volumes {
         Err(ServiceError::Internal("acting changes nothing".into()))
     }
 
-    async fn look(&self, record: &Record, work: &mut Work) -> Result<Seen, ServiceError> {
+    /// Everything that is there for a copy.
+    ///
+    /// # Errors
+    /// Something cannot be asked.
+    pub async fn look(&self, record: &Record, work: &mut Work) -> Result<Seen, ServiceError> {
         let (kernel, owned) = (Arc::clone(&self.kernel), record.clone());
         let hydrating = record.receiving().is_some_and(|r| r.stage == ReceivingStage::Hydrating);
         let (seen, usage) = tokio::task::spawn_blocking(move || {
@@ -791,7 +795,7 @@ impl Volumes {
                     incarnation: record.incarnation,
                     generation: record.generation,
                 };
-                match self.peers.query(&Peer::from(borrower), record.id, &claim).await? {
+                match self.peers.query(&Peer::from(borrower), record.id, &claim).await?.taken {
                     false => Ok(Event::Confirmed(boot)),
                     true => {
                         Err(Refusal::VolumeFenced { id: record.id, node: borrower.node.clone() }
@@ -940,6 +944,12 @@ fn describe(record: &Record, rest: Rest, resting: bool) -> String {
         Rest::Wait(Wait::Source) => {
             let node = record.receiving().map_or("", |receiving| receiving.source.node.as_str());
             format!("source {node} does not answer")
+        }
+        Rest::Wait(Wait::Lost) => {
+            let node = record.receiving().map_or("", |receiving| receiving.source.node.as_str());
+            format!(
+                "source {node} was given up: reads of what is missing fail until it is rewritten"
+            )
         }
         Rest::Wait(Wait::Operator) => "a device is not as the journal says".to_owned(),
         Rest::Wait(Wait::Hydration) if record.tuning.paused => "paused".to_owned(),

@@ -1,5 +1,7 @@
 //! Requests: admit, journal, converge, and undo what a failed one had begun.
 
+mod forget;
+
 use std::{
     collections::BTreeSet,
     sync::{
@@ -19,6 +21,7 @@ use dmlocal_model::{
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
+pub use self::forget::{Forgotten, lost};
 use crate::{
     kernel::{PoolFacts, StepError},
     peers::Peer,
@@ -123,31 +126,50 @@ impl Service {
             .await
     }
 
-    /// Deletes a volume; one that is not there is deleted already.
+    /// Deletes a volume; one that is not there is deleted already. A fenced copy goes
+    /// when its borrower says that it reads it no more.
     ///
     /// # Errors
     /// See [`admit::delete`].
     pub async fn delete(&self, which: impl Into<Which>) -> Result<(), ServiceError> {
         let which = which.into();
-        self.volumes
-            .with_newest(which.id, async |slot, work| {
-                if let Err(Refusal::VolumeNotFound(_)) = which.of(work.record.as_ref()) {
-                    return Ok(());
-                }
-                self.change(which.id, slot, work, Room::None, |known| {
-                    admit::delete(which.of(known.record)?, known.handle.as_ref())
-                })
-                .await?;
-                let outcome = self.volumes.converge(slot, work).await;
-                let here =
-                    |r: &Record| r.receiving().is_none_or(|r| r.stage != ReceivingStage::Discarded);
-                match outcome {
-                    // Nothing is left here; the source hears of it when it can.
-                    Err(ServiceError::Peer(_)) if !work.record.as_ref().is_some_and(here) => Ok(()),
-                    outcome => outcome.map(|_| ()),
-                }
-            })
-            .await
+        // A forgotten copy may stand beside a newer one.
+        let copies = self.volumes.copies(which.id);
+        let named = copies
+            .iter()
+            .map(|view| view.record.generation)
+            .find(|generation| which.generation == Some(*generation));
+        let delete = async |slot: &Slot, work: &mut Work| self.deleting(which, slot, work).await;
+        match named {
+            Some(generation) => self.volumes.with((which.id, generation), delete).await,
+            None => self.volumes.with_newest(which.id, delete).await,
+        }
+    }
+
+    async fn deleting(
+        &self,
+        which: Which,
+        slot: &Slot,
+        work: &mut Work,
+    ) -> Result<(), ServiceError> {
+        if let Err(Refusal::VolumeNotFound(_)) = which.of(work.record.as_ref()) {
+            return Ok(());
+        }
+        which.of(work.record.as_ref())?;
+        if self.delete_fenced(slot, work).await? {
+            return self.volumes.converge(slot, work).await.map(|_| ());
+        }
+        self.change(which.id, slot, work, Room::None, |known| {
+            admit::delete(which.of(known.record)?, known.handle.as_ref())
+        })
+        .await?;
+        let outcome = self.volumes.converge(slot, work).await;
+        let here = |r: &Record| r.receiving().is_none_or(|r| r.stage != ReceivingStage::Discarded);
+        match outcome {
+            // Nothing is left here; the source hears of it when it can.
+            Err(ServiceError::Peer(_)) if !work.record.as_ref().is_some_and(here) => Ok(()),
+            outcome => outcome.map(|_| ()),
+        }
     }
 
     /// Grows a volume.
@@ -467,18 +489,6 @@ impl Service {
         let mut copies = self.volumes.copies(id).into_iter().map(|view| view.record);
         let lent = copies.find(|r| r.lent().is_some_and(|lent| lent.to.grant == grant));
         (id, lent.map_or(believed, |record| record.generation))
-    }
-
-    /// Whether this node has taken the volume under the grant.
-    ///
-    /// # Errors
-    /// The journal cannot be read.
-    pub fn has_taken(&self, id: VolumeId, grant: Uuid) -> Result<bool, ServiceError> {
-        use dmlocal_model::volume::Fate;
-        let copies = self.volumes.copies(id);
-        let here = copies.iter().any(|view| view.record.has_taken(grant));
-        let stone = self.volumes.tombstone(grant)?;
-        Ok(here || stone.is_some_and(|stone| stone.fate == Fate::Taken))
     }
 
     /// Room in a pool as it stands; `fresh` asks LVM whatever is known already.

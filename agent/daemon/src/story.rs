@@ -10,7 +10,8 @@ use std::{
 use async_trait::async_trait;
 use dmlocal_model::{
     admit::{Claim, Offer, Refusal, Which},
-    name::VolumeId,
+    forget::GrantFate,
+    name::{Generation, VolumeId},
     sim::{Io, REGION_BYTES, REGIONS, VOLUME_BYTES, World},
     volume::{Borrower, Phase, ReceivingStage, Source},
 };
@@ -29,15 +30,19 @@ use crate::{
 /// Longer than anything takes here; what waits longer waits for ever.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Calls go straight to the other agent.
-#[derive(Default)]
+/// Calls go straight to the other agent, as long as there is a network.
 struct Direct {
+    world: Arc<Mutex<World>>,
     services: OnceLock<Vec<Arc<Service>>>,
 }
 
 impl Direct {
-    fn at(&self, peer: &Peer) -> &Service {
-        &self.services.get().unwrap()[number(&peer.node)]
+    fn at(&self, peer: &Peer) -> Result<&Service, PeerError> {
+        if !locked(&self.world).network {
+            let why = "the network is away".to_owned();
+            return Err(PeerError::Unreachable { node: peer.node.clone(), why });
+        }
+        Ok(&self.services.get().unwrap()[number(&peer.node)])
     }
 }
 
@@ -61,19 +66,24 @@ impl Peers for Direct {
     async fn prepare(&self, _: &Peer) {}
 
     async fn fence(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<u64, PeerError> {
-        refused(peer, self.at(peer).fence(volume, claim, None).await)
+        refused(peer, self.at(peer)?.fence(volume, claim, None).await)
     }
 
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
-        refused(peer, self.at(peer).release(volume, claim, None).await)
+        refused(peer, self.at(peer)?.release(volume, claim, None).await)
     }
 
     async fn revoke(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
-        refused(peer, self.at(peer).revoke(volume, claim.grant, None).await)
+        refused(peer, self.at(peer)?.revoke(volume, claim.grant, None).await)
     }
 
-    async fn query(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<bool, PeerError> {
-        refused(peer, self.at(peer).has_taken(volume, claim.grant))
+    async fn query(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+    ) -> Result<GrantFate, PeerError> {
+        refused(peer, self.at(peer)?.grant_fate(volume, claim.grant))
     }
 }
 
@@ -115,7 +125,7 @@ impl Pair {
         change: impl Fn(&mut FakeKernel),
     ) -> Self {
         let died = Arc::new(Notify::new());
-        let peers = Arc::new(Direct::default());
+        let peers = Arc::new(Direct { world: Arc::clone(&world), services: OnceLock::new() });
         let mut services = Vec::new();
         let nodes = locked(&world).nodes.len();
         for node in 0..nodes {
@@ -757,6 +767,123 @@ fn a_volume_grows_while_it_is_copied_and_takes_that_along() {
         pair.until(1, |view| view.is_none()).await;
         assert_eq!((pair.read(2, 0), pair.read(2, 3)), (Io::Done(10), Io::Done(13)));
         assert_eq!(pair.view(2).unwrap().record.size.bytes(), VOLUME_BYTES);
+    });
+}
+
+/// A volume that is copied as far as its second region, which its consumer wrote.
+async fn half_way(pair: &Pair) {
+    let [a, b, ..] = &pair.services[..] else { panic!("two agents") };
+    a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+    a.attach(pair.id, None).await.unwrap();
+    assert_eq!(pair.write(0, 0, 10), Io::Done(()));
+    assert_eq!(one(a.forget_source(pair.id).await), "VOLUME_NOT_HYDRATING");
+    pair.begin_move(true).await.unwrap();
+    assert_eq!(one(b.forget_source(pair.id).await), "SOURCE_NOT_FENCED", "it is held");
+    b.switch(pair.id).await.unwrap();
+    assert_eq!(pair.write(1, 1, 11), Io::Done(()));
+}
+
+#[test]
+fn a_source_that_is_given_up_takes_what_only_it_had_along_and_nothing_else() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(3)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        half_way(&pair).await;
+        let [a, b, c] = &pair.services[..] else { panic!("three agents") };
+        assert_eq!(one(b.forget_source(pair.id).await), "SOURCE_ALIVE");
+        pair.move_between(1, 2, 8, true).await.unwrap();
+        locked(&world).network = false;
+        assert_eq!(one(b.forget_source(pair.id).await), "VOLUME_PUBLISHED", "others read it");
+        locked(&world).network = true;
+        c.abort(pair.id).await.unwrap();
+        pair.until(2, |view| view.is_none()).await;
+
+        locked(&world).network = false;
+        let earlier = Which { generation: Some(Generation(1)), ..Which::from(pair.id) };
+        assert_eq!(one(b.forget_source(earlier).await), "GENERATION_STALE");
+        let forgotten = b.forget_source(pair.id).await.unwrap();
+        assert_eq!(forgotten.lost.regions, REGIONS as u64 - 1);
+        assert_eq!(forgotten.lost.bytes, VOLUME_BYTES - REGION_BYTES);
+        let again = b.forget_source(pair.id).await.unwrap();
+        assert_eq!(again.lost, forgotten.lost);
+        // Not before it is cut off does what waits for it fail.
+        pair.until(1, |_| pair.read(1, 0) == Io::Failed).await;
+        assert_eq!(pair.read(1, 1), Io::Done(11));
+
+        // What was on its way stays where it is, whether the source is back or not.
+        locked(&world).network = true;
+        pair.until(1, |_| true).await;
+        assert_eq!(pair.read(1, 0), Io::Failed, "read from a source that was given up");
+        assert_eq!(one(pair.move_between(1, 2, 9, true).await), "REGIONS_LOST");
+        assert_eq!(one(a.attach(pair.id, None).await), "VOLUME_FENCED");
+        for region in (0..REGIONS).filter(|region| *region != 1) {
+            assert_eq!(pair.write(1, region, 20 + region as u64), Io::Done(()));
+        }
+        pair.until(1, is_local).await;
+        assert_eq!((pair.read(1, 0), pair.read(1, 1)), (Io::Done(20), Io::Done(11)));
+        assert_eq!(b.forget_source(pair.id).await.unwrap().lost.regions, 0);
+
+        // The source's copy is the operator's to delete, and nobody else's to open.
+        assert!(pair.view(0).is_some_and(|view| view.record.lent().is_some()));
+        a.delete(pair.id).await.unwrap();
+        pair.until(0, |view| view.is_none()).await;
+        assert!(locked(&world).is_clean(0) && locked(&world).is_clean(2));
+    });
+}
+
+#[test]
+fn a_source_that_has_nothing_more_to_give_is_given_up_without_a_loss() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        half_way(&pair).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        assert_eq!(one(a.delete(pair.id).await), "VOLUME_FENCED", "it is still read");
+        for region in 0..REGIONS {
+            assert_eq!(pair.write(1, region, 30 + region as u64), Io::Done(()));
+        }
+        locked(&world).network = false;
+        pair.until(1, |view| {
+            let receiving = view.and_then(|view| view.record.receiving());
+            receiving.is_some_and(|receiving| receiving.stage == ReceivingStage::Parting)
+        })
+        .await;
+        assert_eq!(one(a.delete(pair.id).await), "VOLUME_FENCED", "nobody has said otherwise");
+        let forgotten = b.forget_source(pair.id).await.unwrap();
+        assert_eq!(forgotten.lost.regions, 0);
+        pair.until(1, is_local).await;
+        assert_eq!(pair.read(1, 3), Io::Done(33));
+
+        // Deleted there, it may still be deleted here.
+        b.detach(pair.id).await.unwrap();
+        b.delete(pair.id).await.unwrap();
+        locked(&world).network = true;
+        a.delete(pair.id).await.unwrap();
+        pair.until(0, |view| view.is_none()).await;
+        assert!(locked(&world).is_clean(0) && locked(&world).is_clean(1));
+    });
+}
+
+#[test]
+fn what_was_deleted_here_waits_for_no_lost_source() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        half_way(&pair).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        locked(&world).network = false;
+        b.detach(pair.id).await.unwrap();
+        b.delete(pair.id).await.unwrap();
+        assert!(pair.view(1).is_some(), "the source is to be told");
+        let forgotten = b.forget_source(pair.id).await.unwrap();
+        assert!(forgotten.view.is_none() && forgotten.lost.regions == 0);
+        locked(&world).network = true;
+        a.delete(pair.id).await.unwrap();
+        pair.until(0, |view| view.is_none()).await;
+        assert!(locked(&world).is_clean(0) && locked(&world).is_clean(1));
     });
 }
 

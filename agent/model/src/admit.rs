@@ -185,6 +185,23 @@ pub enum Refusal {
         /// How many may be.
         limit: u32,
     },
+    /// The source still answers.
+    #[error("source {node} answers: nothing is lost as long as it does")]
+    SourceAlive {
+        /// The source.
+        node: String,
+    },
+    /// The source has not said that it is fenced.
+    #[error("volume {0} has nothing here yet: its source is not fenced, or was a moment ago")]
+    SourceNotFenced(VolumeId),
+    /// Regions are missing for ever.
+    #[error("volume {id} lacks regions that were lost with {node}: they must be rewritten first")]
+    RegionsLost {
+        /// The volume.
+        id: VolumeId,
+        /// The source that was forgotten.
+        node: String,
+    },
     /// No port is free for another export.
     #[error("no port is free for another export")]
     PortsExhausted,
@@ -223,6 +240,9 @@ impl Refusal {
             Self::ConfirmationRequired { .. } => "CONFIRMATION_REQUIRED",
             Self::SettingOutOfRange { .. } => "SETTING_OUT_OF_RANGE",
             Self::ChainTooDeep { .. } => "CHAIN_TOO_DEEP",
+            Self::SourceAlive { .. } => "SOURCE_ALIVE",
+            Self::SourceNotFenced(_) => "SOURCE_NOT_FENCED",
+            Self::RegionsLost { .. } => "REGIONS_LOST",
             Self::PortsExhausted => "PORTS_EXHAUSTED",
             Self::TargetMissing(_) => "TARGET_MISSING",
         }
@@ -540,6 +560,11 @@ pub fn grant(
     match &record.phase {
         Phase::Receiving(receiving) if receiving.stage.is_owner() => {
             not_failed(record.id, receiving)?;
+            if record.is_damaged() {
+                // What fails here would be waited for there.
+                let node = receiving.source.node.clone();
+                return Err(Refusal::RegionsLost { id: record.id, node });
+            }
             let depth = receiving.source.depth;
             if depth >= request.max_depth {
                 return Err(Refusal::ChainTooDeep { depth, limit: request.max_depth });
@@ -675,6 +700,7 @@ pub fn receive(
             length: size,
             region,
             floor: 0,
+            forgotten: false,
             stage: ReceivingStage::Allocating,
             rebuild: None,
             failure: None,
@@ -770,7 +796,7 @@ pub fn tune(record: &Record, change: Change) -> Result<Admitted, Refusal> {
             | ReceivingStage::Refused
             | ReceivingStage::Switching
             | ReceivingStage::Hydrating,
-        ) => {}
+        ) if !record.is_damaged() => {}
         _ => return Err(Refusal::VolumeNotHydrating(record.id)),
     }
     let mut wanted = record.clone();
@@ -850,7 +876,7 @@ pub fn revoke(record: &Record, grant: Uuid) -> Result<Admitted, Refusal> {
     }
 }
 
-fn journal(record: &Record, event: Event) -> Result<Admitted, Refusal> {
+pub(crate) fn journal(record: &Record, event: Event) -> Result<Admitted, Refusal> {
     match record.clone().after(event) {
         Ok(after) if after == *record => Ok(Admitted::Already),
         Ok(after) => Ok(Admitted::Journal(Box::new(after))),
@@ -886,7 +912,7 @@ const fn is_leaving(stage: ReceivingStage) -> bool {
     matches!(stage, S::Aborting | S::Withdrawing | S::Discarding | S::Discarded)
 }
 
-fn not_failed(id: VolumeId, receiving: &Receiving) -> Result<(), Refusal> {
+pub(crate) fn not_failed(id: VolumeId, receiving: &Receiving) -> Result<(), Refusal> {
     match &receiving.failure {
         Some(failure) => Err(Refusal::VolumeFailed { id, why: failure.why.clone() }),
         None => Ok(()),

@@ -5,6 +5,7 @@
 pub mod admit;
 #[cfg(test)]
 mod examples;
+pub mod forget;
 pub mod hydration;
 pub mod name;
 pub mod plan;

@@ -380,6 +380,14 @@ impl World {
         }
     }
 
+    /// Regions that the clone lacks; none where there is no clone.
+    pub fn missing(&self, node: usize, record: &Record) -> Vec<usize> {
+        let clone = self.nodes[node].mapped.get(&plan::dm_name(record, Role::Clone).uuid);
+        let Some(clone) = clone else { return Vec::new() };
+        let count = clone.live.as_ref().map_or(0, regions);
+        (0..count).filter(|region| !clone.bits[*region]).collect()
+    }
+
     /// Whether the handle exists.
     pub fn has_handle(&self, node: usize, record: &Record) -> bool {
         self.nodes[node].mapped.contains_key(&plan::dm_name(record, Role::Handle).uuid)
@@ -448,7 +456,7 @@ impl World {
             Some(Target::Clone { dest, src, .. }) => {
                 self.read(node, if mapped.bits[region] { *dest } else { *src }, region)
             }
-            Some(Target::Error | Target::Foreign { .. }) | None => Io::Failed,
+            Some(Target::Error | Target::Lost | Target::Foreign { .. }) | None => Io::Failed,
         }
     }
 
@@ -486,6 +494,7 @@ impl World {
                 Target::Error
                 | Target::ReadOnly { .. }
                 | Target::Queue { .. }
+                | Target::Lost
                 | Target::Foreign { .. },
             )
             | None => Io::Failed,

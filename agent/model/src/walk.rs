@@ -19,6 +19,7 @@ use uuid::Uuid;
 use self::seeds::Sabotage;
 use crate::{
     admit::{self, Admitted, Claim, GrantRequest, Offer, PoolRoom, Refusal},
+    forget,
     name::VolumeId,
     plan::{self, Call, Next, Wait},
     sim::{FOREIGN, Fault, Io, REGION_BYTES, REGIONS, World},
@@ -69,6 +70,8 @@ struct At {
 struct Known {
     since_flush: Vec<u64>,
     cut: bool,
+    /// Given up with its source: it may be missing, and then nothing may be read.
+    lost: bool,
 }
 
 #[derive(Debug)]
@@ -112,7 +115,7 @@ impl Cluster {
     fn new() -> Self {
         let mut world = World::new(NODES);
         let id = VolumeId::new(world.unique());
-        let blank = Known { since_flush: vec![0], cut: false };
+        let blank = Known { since_flush: vec![0], cut: false, lost: false };
         Self {
             world,
             journals: (0..NODES).map(|_| Journal::default()).collect(),
@@ -177,8 +180,9 @@ impl Cluster {
     /// Whatever was acknowledged so far must survive any power cut.
     fn all_is_stable(&mut self) {
         for known in &mut self.known {
-            if !known.cut {
+            if !known.cut && !known.since_flush.is_empty() {
                 known.since_flush = known.since_flush.split_off(known.since_flush.len() - 1);
+                known.lost = false;
             }
         }
     }
@@ -350,6 +354,10 @@ impl Cluster {
         }
     }
 
+    fn fate(journal: &Journal, grant: Uuid) -> forget::GrantFate {
+        forget::fate(journal.copies.values(), journal.stones.get(&grant), grant)
+    }
+
     fn ask(&mut self, at: At, record: &Record, call: Call) -> Result<Event, Stop> {
         let (node, id) = (at.node, self.id);
         match call {
@@ -357,9 +365,7 @@ impl Cluster {
                 let borrower = record.lent_before.clone().unwrap();
                 let taken = self.call(node, &borrower.node, |cluster, there| {
                     let journal = &cluster.journals[there];
-                    let here = journal.copies.values().any(|r| r.has_taken(borrower.grant));
-                    let stone = journal.stones.get(&borrower.grant);
-                    Ok(here || stone.is_some_and(|stone| stone.fate == Fate::Taken))
+                    Ok(Self::fate(journal, borrower.grant).taken)
                 })?;
                 match taken {
                     Ok(false) => Ok(Event::Confirmed(self.world.nodes[node].boot)),
@@ -552,8 +558,61 @@ impl Cluster {
     fn delete(&mut self, node: usize) -> Result<(), Stop> {
         let (id, handle) = (self.id, self.handle(node));
         let Some(at) = self.newest_at(node) else { return Ok(()) };
+        if self.let_go(at)? {
+            return Ok(());
+        }
         self.admit(at, |record| admit::delete(known(record, id)?, handle.as_ref()))?;
         self.deleted = true;
+        self.converge(at)
+    }
+
+    /// Deletes a fenced copy that its borrower has forgotten; whether it was one.
+    fn let_go(&mut self, at: At) -> Result<bool, Stop> {
+        let Some(record) = self.record(at) else { return Ok(false) };
+        let Some(lent) = record.lent().filter(|lent| lent.stage == LentStage::Fenced) else {
+            return Ok(false);
+        };
+        let to = lent.to.clone();
+        let released = self.sabotage == Some(Sabotage::DeletesUnasked)
+            || self.call(at.node, &to.node, |cluster, there| {
+                Ok(Self::fate(&cluster.journals[there], to.grant).released)
+            })? == Ok(true);
+        if !released {
+            return Ok(false);
+        }
+        let id = self.id;
+        self.request(at, |record| forget::delete_fenced(known(record, id)?, released))?;
+        Ok(true)
+    }
+
+    fn forget_source(&mut self, node: usize) -> Result<(), Stop> {
+        let Some(at) = self.newest_at(node) else { return Ok(()) };
+        // A source that still answers is told rather than forgotten.
+        if let stop @ Err(Stop::Crash(_)) = self.converge(at) {
+            return stop;
+        }
+        let Some(record) = self.record(at) else { return Ok(()) };
+        let alive = forget::is_alive(&self.world.look(node, &record));
+        forget::may_forget(&record, alive).map_err(Stop::Refused)?;
+        let missing = self.world.missing(node, &record);
+        let mut committed = 0;
+        if forget::loses(&record) {
+            let length = record.receiving().unwrap().length.bytes() / REGION_BYTES;
+            committed = length - missing.len() as u64;
+            if self.sabotage != Some(Sabotage::ForgetsWhatIsNotCommitted) {
+                self.world.commit(node, &record);
+            } else {
+                committed = 0;
+            }
+        }
+        let loses = forget::loses(&record);
+        let begun =
+            self.admit(at, |record| forget::forget_source(record.unwrap(), alive, committed))?;
+        if begun && loses {
+            for region in missing {
+                self.known[region] = Known { since_flush: vec![], cut: false, lost: true };
+            }
+        }
         self.converge(at)
     }
 
@@ -673,11 +732,14 @@ impl Cluster {
     fn check(&mut self, region: usize, value: u64) {
         assert_ne!(value, FOREIGN, "another volume's past shows in region {region}");
         let known = &mut self.known[region];
+        let none = known.lost && known.since_flush.is_empty();
+        assert!(!none, "region {region} was lost, and yet reads {value}");
         if known.cut {
             assert!(known.since_flush.contains(&value), "region {region}: {value} of {known:?}");
             // What survived the cut is what is there from now on.
             known.since_flush = vec![value];
             known.cut = false;
+            known.lost = false;
         } else {
             assert_eq!(known.since_flush.last(), Some(&value), "region {region} is stale");
         }
@@ -688,13 +750,15 @@ impl Cluster {
         // What was acknowledged elsewhere is not in this node's caches.
         let writes_here = self.writer == Some(node);
         for known in &mut self.known {
-            known.cut |= writes_here && known.since_flush.len() > 1;
+            let written = known.since_flush.len() + usize::from(known.lost);
+            known.cut |= writes_here && written > 1;
         }
     }
 
     fn run(&mut self, op: &Op) {
         let outcome = match *op {
             Op::Delete(node) => self.delete(node),
+            Op::ForgetSource(node) => self.forget_source(node),
             // Placement is the caller's: a volume has one home, and an id one life.
             Op::Create(_) if self.deleted => Ok(()),
             Op::Create(node) => match self.homes().iter().any(|home| *home != node) {
@@ -786,8 +850,28 @@ impl Cluster {
                     }
                 }
                 let _ = self.converge_all(node);
+                let copies: Vec<u64> = self.journals[node].copies.keys().copied().collect();
+                for generation in copies {
+                    let _ = self.let_go(At { node, generation });
+                }
+                if round > 40 {
+                    self.rewrite_what_is_lost(node);
+                }
             }
             self.world.hydrate();
+        }
+    }
+
+    /// A consumer writes what it can read no more.
+    fn rewrite_what_is_lost(&mut self, node: usize) {
+        let Some(record) = self.journals[node].newest().cloned() else { return };
+        if !record.is_damaged() || self.deleted || self.attach(node, true).is_err() {
+            return;
+        }
+        for region in self.world.missing(node, &record) {
+            assert_eq!(self.world.read_handle(node, &record, region), Io::Failed);
+            assert!(self.known[region].lost, "more is lost than was said: region {region}");
+            self.write(node, region);
         }
     }
 
@@ -834,6 +918,7 @@ enum Op {
     Create(usize),
     Extend(usize, usize),
     Delete(usize),
+    ForgetSource(usize),
     Redeliver(usize),
     Attach(usize, bool),
     Detach(usize),
@@ -860,6 +945,7 @@ fn any_op() -> impl Strategy<Value = Op> {
     prop_oneof![
         2 => node.clone().prop_map(Op::Create),
         1 => node.clone().prop_map(Op::Delete),
+        2 => node.clone().prop_map(Op::ForgetSource),
         2 => (0usize..100).prop_map(Op::Redeliver),
         2 => (node.clone(), SMALL..=REGIONS).prop_map(|(node, to)| Op::Extend(node, to)),
         4 => (node.clone(), any::<bool>()).prop_map(|(node, named)| Op::Attach(node, named)),

@@ -264,6 +264,24 @@ impl Volume {
         on.exec(&argv)?.ok().with_context(|| on.name()).map(drop)
     }
 
+    /// Checks every byte that can be read; returns how many regions cannot.
+    pub fn lacking(&self, on: &Node) -> Result<u64> {
+        let (device, state) = (&self.device, self.state());
+        let line = format!("dmlocal-writer verify --device {device} --state {state} --lacking");
+        let told = on.exec(&line.split_whitespace().collect::<Vec<_>>())?.ok()?;
+        let mut lines = told.lines().filter_map(|line| line.strip_prefix("lacking: "));
+        let count = lines.next().and_then(|line| line.strip_suffix(" regions"));
+        count.and_then(|count| count.parse().ok()).context("no count of what is lacking")
+    }
+
+    /// Writes the whole of it, in whole regions, and forgets what was there.
+    pub fn rewrite(&self, on: &Node) -> Result<()> {
+        let seed = self.seed.to_string();
+        on.exec(&["rm", &self.state()])?.ok()?;
+        on.exec(&["dmlocal-writer", "fill", "--device", &self.device, "--seed", &seed])?.ok()?;
+        self.write(on, "--count 10")?.stop(on).map(drop)
+    }
+
     /// Detaches and deletes it.
     pub fn delete(&self, on: &Node) -> Result<()> {
         on.shell(&format!("rm -f {} {}", self.state(), self.go()))?.ok()?;

@@ -384,6 +384,20 @@ impl Moves for Agent {
         self.known(&ask.id).map(Response::new)
     }
 
+    async fn forget_source(
+        &self,
+        request: Request<ForgetSourceRequest>,
+    ) -> Result<Response<ForgetSourceResponse>, Status> {
+        let ask = request.into_inner();
+        self.note(format!("ForgetSource {} {}", ask.id, ask.accept_data_loss));
+        let volume = self.known(&ask.id)?;
+        Ok(Response::new(ForgetSourceResponse {
+            volume: Some(volume),
+            bytes_lost: 3 << 20,
+            regions_lost: 48,
+        }))
+    }
+
     async fn fence(&self, _: Request<FenceRequest>) -> Result<Response<FenceResponse>, Status> {
         Err(Status::unimplemented("not dmlocalctl's business"))
     }

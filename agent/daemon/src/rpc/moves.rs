@@ -131,6 +131,25 @@ impl v1::moves_server::Moves for Face {
         self.tuned(&request.id, change).await
     }
 
+    async fn forget_source(
+        &self,
+        request: Request<v1::ForgetSourceRequest>,
+    ) -> Result<Response<v1::ForgetSourceResponse>, Status> {
+        Caller::of(&request)?.must_be(&[Role::Operator])?;
+        let request = request.into_inner();
+        let which = convert::which(&request.id, request.generation, request.incarnation.as_deref())
+            .map_err(status)?;
+        if !request.accept_data_loss {
+            return Err(status(ServiceError::Argument {
+                field: "accept_data_loss",
+                problem: "must be true: what is only at the source is lost".into(),
+            }));
+        }
+        let service = Arc::clone(&self.service);
+        let forgotten = whole(async move { service.forget_source(which).await }).await?;
+        Ok(Response::new(convert::forgotten(&forgotten)))
+    }
+
     async fn fence(
         &self,
         request: Request<v1::FenceRequest>,
@@ -184,7 +203,8 @@ impl v1::moves_server::Moves for Face {
         let request = request.into_inner();
         let id = convert::volume_id(&request.volume_id).map_err(status)?;
         let grant = convert::uuid("grant_id", &request.grant_id).map_err(status)?;
-        let taken = self.service.has_taken(id, grant).map_err(status)?;
-        Ok(Response::new(v1::QueryGrantResponse { taken }))
+        let fate = self.service.grant_fate(id, grant).map_err(status)?;
+        let answer = v1::QueryGrantResponse { taken: fate.taken, released: fate.released };
+        Ok(Response::new(answer))
     }
 }

@@ -98,6 +98,9 @@ const fn refusal_code(refusal: &Refusal) -> Code {
         | Refusal::PoolMissing { .. }
         | Refusal::HandleInUse { .. }
         | Refusal::ConfirmationRequired { .. }
+        | Refusal::SourceAlive { .. }
+        | Refusal::SourceNotFenced(_)
+        | Refusal::RegionsLost { .. }
         | Refusal::TargetMissing(_) => Code::FailedPrecondition,
     }
 }
@@ -108,7 +111,8 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
         | Refusal::VolumeAttached(id)
         | Refusal::VolumeMoving(id)
         | Refusal::VolumeNotHeld(id)
-        | Refusal::VolumeNotHydrating(id) => vec![("id", id.to_string())],
+        | Refusal::VolumeNotHydrating(id)
+        | Refusal::SourceNotFenced(id) => vec![("id", id.to_string())],
         Refusal::VolumeExists { id, field } => {
             vec![("id", id.to_string()), ("field", (*field).to_owned())]
         }
@@ -126,11 +130,13 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
             ("needed_bytes", needed.to_string()),
             ("free_bytes", free.to_string()),
         ],
-        Refusal::VolumePublished { id, node } | Refusal::VolumeFenced { id, node } => {
+        Refusal::VolumePublished { id, node }
+        | Refusal::VolumeFenced { id, node }
+        | Refusal::RegionsLost { id, node } => {
             vec![("id", id.to_string()), ("node", node.clone())]
         }
         Refusal::VolumeFailed { id, why } => vec![("id", id.to_string()), ("why", why.clone())],
-        Refusal::MoveToSelf(node) => vec![("node", node.clone())],
+        Refusal::MoveToSelf(node) | Refusal::SourceAlive { node } => vec![("node", node.clone())],
         Refusal::GenerationStale { present, named } => {
             vec![("present", present.to_string()), ("named", named.to_string())]
         }

@@ -11,6 +11,7 @@ use std::{
 
 use dmlocal_model::{
     admit::Claim,
+    forget::GrantFate,
     name::{Generation, VolumeId},
     sim::{VOLUME_BYTES, World},
     volume::Borrower,
@@ -62,6 +63,7 @@ const MATRIX: &[(&str, &[&str])] = &[
     ("Moves/PauseHydration", &[DRIVER, OPERATOR]),
     ("Moves/ResumeHydration", &[DRIVER, OPERATOR]),
     ("Moves/TuneHydration", &[DRIVER, OPERATOR]),
+    ("Moves/ForgetSource", &[OPERATOR]),
     ("Moves/Fence", &[AGENT]),
     ("Moves/Release", &[AGENT]),
     ("Moves/Revoke", &[DRIVER, AGENT, OPERATOR]),
@@ -339,5 +341,5 @@ async fn a_peer_is_believed_only_under_its_own_name() {
     let answer = daemon.peers_of("node-b").query(&impostor, id, &claim).await;
     assert!(matches!(answer, Err(PeerError::Unreachable { .. })), "{answer:?}");
     let answer = daemon.peers_of("node-b").query(&daemon.peer(), id, &claim).await;
-    assert_eq!(answer, Ok(false));
+    assert_eq!(answer, Ok(GrantFate::default()));
 }

@@ -22,6 +22,9 @@ pub struct Receiving {
     /// Regions that are known to be here for good: an armed load that finds
     /// fewer has the wrong metadata.
     pub floor: u64,
+    /// Whether an operator has said that the source is lost for ever: nothing is
+    /// read from it any more, and it is told nothing.
+    pub forgotten: bool,
     /// How far the copy is.
     pub stage: ReceivingStage,
     /// The source has grown before it was fenced: the clone is made anew, and the
@@ -200,6 +203,18 @@ impl Receiving {
                 S::Discarding
             }
             (S::Discarding, Event::Retired) => S::Discarded,
+            (
+                stage @ (S::Hydrating
+                | S::Collapsing
+                | S::Parting
+                | S::Withdrawing
+                | S::Discarding
+                | S::Discarded),
+                Event::SourceForgotten,
+            ) => {
+                self.forgotten = true;
+                stage
+            }
             (
                 stage @ (S::Held | S::Refused | S::Switching | S::Hydrating),
                 Event::Failed(failure),

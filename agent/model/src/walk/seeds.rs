@@ -56,10 +56,16 @@ pub(super) enum Sabotage {
     SealsTheWrongWay,
     /// What the source has grown by while it was held is left out.
     ForgetsTheGrowth,
+    /// A source is given up while regions that are here are in memory only.
+    ForgetsWhatIsNotCommitted,
+    /// What was lost with a source reads as if it had been blank.
+    InventsWhatIsLost,
+    /// A fenced copy is deleted without a word from its borrower.
+    DeletesUnasked,
 }
 
 impl Sabotage {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 12] = [
         Self::FenceLeavesTheHandle,
         Self::FenceDoesNotFlush,
         Self::OpensUnasked,
@@ -69,6 +75,9 @@ impl Sabotage {
         Self::ZeroesAgain,
         Self::SealsTheWrongWay,
         Self::ForgetsTheGrowth,
+        Self::ForgetsWhatIsNotCommitted,
+        Self::InventsWhatIsLost,
+        Self::DeletesUnasked,
     ];
 
     /// What is done instead.
@@ -107,6 +116,7 @@ impl Sabotage {
                 }
                 _ => Next::Do(steps),
             },
+            (Self::InventsWhatIsLost, Next::Wait(Wait::Lost)) => Next::Journal(Event::Committed),
             (Self::CollapsesEarly, Next::Wait(Wait::Hydration)) => Next::Journal(Event::Committed),
             (Self::ZeroesAgain, Next::Do(steps)) => match steps.as_slice() {
                 [Step::LoadClone { table, floor: Some(_) }] => match table.target {
@@ -199,7 +209,9 @@ fn whatever_happens_the_last_acknowledged_write_is_read() {
 /// What the oracle says of lost and stale data, and of two writers; a copy that can
 /// never be whole has lost its source. A walk that trips over its own sabotage
 /// proves nothing.
-const NOTICED: [&str; 6] = [
+const NOTICED: [&str; 8] = [
+    "was lost, and yet reads",
+    "more is lost than was said",
     "no way to rest",
     "is stale",
     "under an old generation",
