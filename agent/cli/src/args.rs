@@ -246,6 +246,9 @@ pub(crate) enum HydrationCommand {
         /// Contiguous regions copied as one
         #[arg(long, value_name = "N", group = "settings")]
         batch: Option<u32>,
+        /// Copy before others with less, -100 to 100
+        #[arg(long, value_name = "N", group = "settings", allow_negative_numbers = true)]
+        priority: Option<i32>,
     },
 }
 

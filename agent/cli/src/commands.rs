@@ -217,13 +217,14 @@ async fn hydration(global: &Global, command: &HydrationCommand) -> Result<(), Fa
             let (agent, id) = to_volume(global, id).await?;
             agent.ask(agent.moves().resume_hydration(ResumeHydrationRequest { id })).await?
         }
-        HydrationCommand::Set { id, rate, threshold, batch } => {
+        HydrationCommand::Set { id, rate, threshold, batch, priority } => {
             let (agent, id) = to_volume(global, id).await?;
             let ask = TuneHydrationRequest {
                 id,
                 rate_bytes_per_s: *rate,
                 threshold: *threshold,
                 batch: *batch,
+                priority: *priority,
             };
             agent.ask(agent.moves().tune_hydration(ask)).await?
         }

@@ -195,6 +195,7 @@ pub(crate) fn volume(volume: &Volume) -> String {
         ("hydration rate", known(hydration.map(|h| limit(h.rate_bytes_per_s)))),
         ("hydration threshold", setting(hydration.map(|h| h.threshold))),
         ("hydration batch", setting(hydration.map(|h| h.batch))),
+        ("hydration priority", known(hydration.map(|h| h.priority.to_string()))),
     ])
 }
 
@@ -332,6 +333,7 @@ mod test {
                 rate_bytes_per_s: 0,
                 threshold: 1,
                 batch: 1,
+                priority: 0,
             }),
             ..Volume::default()
         }

@@ -24,6 +24,7 @@ use dmlocal_model::{
     admit::{Claim, Refusal},
     name::{Generation, Role, VolumeId},
     plan::{self, Call, Device, Next, Seen, Step, Wait},
+    schedule,
     units::Sectors,
     volume::{Event, Failure, Fate, ReceivingStage, Record, Tombstone},
 };
@@ -37,6 +38,8 @@ use uuid::Uuid;
 
 use crate::{
     config::Config,
+    describe::describe,
+    hydrations::Hydrations,
     kernel::{Kernel, PoolFacts, PoolUsage, StepError},
     peers::{Peer, PeerError, Peers},
     progress::Progress,
@@ -222,6 +225,7 @@ pub struct Volumes {
     slots: Mutex<BTreeMap<Copy, Arc<Slot>>>,
     changes: broadcast::Sender<VolumeId>,
     pools: Mutex<BTreeMap<String, PoolFacts>>,
+    hydrations: Hydrations,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -242,6 +246,7 @@ impl Volumes {
         let records = store.records()?;
         let (changes, _) = broadcast::channel(256);
         let volumes = Self {
+            hydrations: Hydrations::new(&config.hydration),
             config,
             store,
             kernel,
@@ -363,6 +368,7 @@ impl Volumes {
     /// Takes an empty slot out of the map; its task ends.
     fn leave(&self, slot: &Slot, work: &mut Work) {
         work.left = true;
+        self.hydrations.place(slot.copy(), None, 0, Instant::now());
         locked(&self.slots).remove(&slot.copy());
     }
 
@@ -496,9 +502,8 @@ impl Volumes {
         match &outcome {
             Ok(rest) => {
                 work.rest = Some(*rest);
-                let resting = work.progress.is_resting();
-                work.detail =
-                    work.record.as_ref().map(|r| describe(r, *rest, resting)).unwrap_or_default();
+                let detail = work.record.as_ref().map(|r| describe(r, *rest, &work.progress));
+                work.detail = detail.unwrap_or_default();
             }
             Err(error) => {
                 work.rest = None;
@@ -605,7 +610,11 @@ impl Volumes {
         let high = self.config.pool(&record.pool).map_or(100.0, |pool| pool.high_water_percent);
         let is_high = usage.is_some_and(|usage| usage.scarcest() * 100.0 >= high);
         seen.connecting = work.attempt.as_ref().is_some_and(Attempt::is_recent);
-        work.progress.observe(record, &mut seen, is_high, Instant::now());
+        let now = Instant::now();
+        let share = work.progress.observe(record, &mut seen, is_high, now);
+        let copy = (record.id, record.generation);
+        let place = self.hydrations.place(copy, share.candidate, share.copied, now);
+        work.progress.place(&mut seen, place, self.hydrations.is_spent());
         Ok(seen)
     }
 
@@ -718,8 +727,16 @@ impl Volumes {
             });
         }
         info!(volume = %record.id, ?event, "journal");
-        let after =
+        let fenced = event == Event::SourceFenced;
+        let mut after =
             record.after(event).map_err(|error| ServiceError::Internal(error.to_string()))?;
+        if fenced {
+            let turns = self
+                .views()
+                .into_iter()
+                .filter_map(|view| view.record.receiving().map(|receiving| receiving.turn));
+            after.set_turn(schedule::next_turn(turns));
+        }
         self.put(slot, work, after, stones).await
     }
 
@@ -927,35 +944,4 @@ const fn is_armed_load(step: &Step) -> bool {
 fn name_of(step: &Step) -> String {
     let text = format!("{step:?}");
     text.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default().to_owned()
-}
-
-fn describe(record: &Record, rest: Rest, resting: bool) -> String {
-    if let Some(failure) = record.receiving().and_then(|receiving| receiving.failure.as_ref()) {
-        return failure.why.clone();
-    }
-    if record.receiving().is_some_and(|receiving| receiving.rebuild.is_some()) {
-        return "the source has grown: this copy follows".to_owned();
-    }
-    if record.receiving().is_some_and(|receiving| receiving.stage == ReceivingStage::Refused) {
-        return "the source has withdrawn its grant: only an abort is left".to_owned();
-    }
-    match rest {
-        Rest::Wait(Wait::Pool) => "the pool's logical volumes are not active".to_owned(),
-        Rest::Wait(Wait::Source) => {
-            let node = record.receiving().map_or("", |receiving| receiving.source.node.as_str());
-            format!("source {node} does not answer")
-        }
-        Rest::Wait(Wait::Lost) => {
-            let node = record.receiving().map_or("", |receiving| receiving.source.node.as_str());
-            format!(
-                "source {node} was given up: reads of what is missing fail until it is rewritten"
-            )
-        }
-        Rest::Wait(Wait::Operator) => "a device is not as the journal says".to_owned(),
-        Rest::Wait(Wait::Hydration) if record.tuning.paused => "paused".to_owned(),
-        Rest::Wait(Wait::Hydration) if resting => {
-            "copying rests: its byte rate is used up, or the pool is nearly full".to_owned()
-        }
-        Rest::Settled | Rest::Gone | Rest::Wait(_) => String::new(),
-    }
 }

@@ -9,10 +9,12 @@ use std::{
 
 use async_trait::async_trait;
 use dmlocal_model::{
-    admit::{Claim, Offer, Refusal, Which},
+    admit::{Change, Claim, Offer, Refusal, Which},
     forget::GrantFate,
     name::{Generation, VolumeId},
+    plan::Seen,
     sim::{Io, REGION_BYTES, REGIONS, VOLUME_BYTES, World},
+    table::CloneStatus,
     volume::{Borrower, Phase, ReceivingStage, Source},
 };
 use tokio::{sync::Notify, time::timeout};
@@ -100,6 +102,8 @@ fn config(node: usize, max_chain: u32) -> Config {
         r#"
         node = "n{node}"
         max_chain = {max_chain}
+        [hydration]
+        at_once = 1
         [export]
         address = "127.0.0.1"
         ports = "4420-4421"
@@ -185,6 +189,17 @@ impl Pair {
             self.services[from].revoke(self.id, grant, None).await?;
         }
         received
+    }
+
+    /// Waits, without copying anything, until a node says this of the volume.
+    async fn until_said(&self, node: usize, is_said: impl Fn(&str) -> bool) {
+        let said = || self.view(node).map(|view| view.detail).unwrap_or_default();
+        let waited = timeout(PATIENCE, async {
+            while !is_said(&said()) {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        });
+        waited.await.unwrap_or_else(|_| panic!("node {node} says `{}`", said()));
     }
 
     /// Waits until a node has no other copy but the newest.
@@ -768,6 +783,69 @@ fn a_volume_grows_while_it_is_copied_and_takes_that_along() {
         assert_eq!((pair.read(2, 0), pair.read(2, 3)), (Io::Done(10), Io::Done(13)));
         assert_eq!(pair.view(2).unwrap().record.size.bytes(), VOLUME_BYTES);
     });
+}
+
+#[test]
+fn copies_wait_for_their_turn_and_say_so() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let first = Pair::open(Arc::clone(&world), directory.path()).await;
+        let second = Pair {
+            world: Arc::clone(&world),
+            died: Arc::clone(&first.died),
+            services: first.services.clone(),
+            id: "22222222-2222-4333-8444-555555555555".parse().unwrap(),
+        };
+        let [a, b] = &first.services[..] else { panic!("two agents") };
+        for (pair, grant) in [(&first, 7), (&second, 8)] {
+            a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+            a.attach(pair.id, None).await.unwrap();
+            pair.move_between(0, 1, grant, true).await.unwrap();
+            b.switch(pair.id).await.unwrap();
+        }
+        let waits = |said: &str| said == "copying waits: 1 other is before it";
+        let runs = |said: &str| said.is_empty();
+        first.until_said(1, runs).await;
+        second.until_said(1, waits).await;
+        assert_eq!(second.write(1, 0, 5), Io::Done(()), "it is usable all the same");
+
+        let change = |priority| Change { priority: Some(priority), ..Change::default() };
+        assert_eq!(one(b.tune(second.id, change(101)).await), "SETTING_OUT_OF_RANGE");
+        b.tune(second.id, change(100)).await.unwrap();
+        first.until_said(1, waits).await;
+        second.until_said(1, runs).await;
+        let pause = Change { paused: Some(true), ..Change::default() };
+        b.tune(second.id, pause).await.unwrap();
+        first.until_said(1, runs).await;
+        second.until_said(1, |said| said == "paused").await;
+        first.until(1, is_local).await;
+        let resume = Change { paused: Some(false), ..Change::default() };
+        b.tune(second.id, resume).await.unwrap();
+        second.until(1, is_local).await;
+        assert_eq!(second.read(1, 0), Io::Done(5));
+    });
+}
+
+#[test]
+fn a_copy_without_its_source_says_since_when_and_how_much_is_there() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let pair = Pair::open(Arc::new(Mutex::new(World::new(2))), directory.path()).await;
+        half_way(&pair).await;
+        locked(&pair.world).network = false;
+        let end = format!("Z, {} bytes still there", VOLUME_BYTES - REGION_BYTES);
+        let begin = "stalled: source n0 unreachable since 20";
+        pair.until_said(1, |said| said.starts_with(begin) && said.ends_with(&end)).await;
+        assert!(pair.view(1).unwrap().seen.is_some_and(|seen| !is_copying(&seen)));
+        locked(&pair.world).network = true;
+        pair.until_said(1, str::is_empty).await;
+        pair.until(1, is_local).await;
+    });
+}
+
+fn is_copying(seen: &Seen) -> bool {
+    matches!(seen.clone_status, Some(CloneStatus::Working { enabled: true, .. }))
 }
 
 /// A volume that is copied as far as its second region, which its consumer wrote.

@@ -7,6 +7,7 @@ use crate::{
     hydration::{self, MAX_BATCH, MAX_THRESHOLD, Tuning},
     name::{Generation, VolumeId},
     plan::Device,
+    schedule::PRIORITIES,
     units::Sectors,
     volume::{
         Borrower, Event, ExportName, IllegalTransition, Lent, LentStage, Phase, Receiving,
@@ -701,6 +702,7 @@ pub fn receive(
             region,
             floor: 0,
             forgotten: false,
+            turn: 0,
             stage: ReceivingStage::Allocating,
             rebuild: None,
             failure: None,
@@ -775,6 +777,8 @@ pub struct Change {
     pub threshold: Option<u32>,
     /// Contiguous regions as one.
     pub batch: Option<u32>,
+    /// Before whom.
+    pub priority: Option<i32>,
 }
 
 /// Changes how a volume is copied.
@@ -790,6 +794,10 @@ pub fn tune(record: &Record, change: Change) -> Result<Admitted, Refusal> {
     };
     range("threshold", change.threshold, MAX_THRESHOLD)?;
     range("batch", change.batch, MAX_BATCH)?;
+    if change.priority.is_some_and(|priority| !PRIORITIES.contains(&priority)) {
+        let range = format!("{} to {}", PRIORITIES.start(), PRIORITIES.end());
+        return Err(Refusal::SettingOutOfRange { setting: "priority", range });
+    }
     match record.receiving().map(|receiving| receiving.stage) {
         Some(
             ReceivingStage::Held
@@ -805,6 +813,7 @@ pub fn tune(record: &Record, change: Change) -> Result<Admitted, Refusal> {
     tuning.rate = change.rate.unwrap_or(tuning.rate);
     tuning.threshold = change.threshold.unwrap_or(tuning.threshold);
     tuning.batch = change.batch.unwrap_or(tuning.batch);
+    tuning.priority = change.priority.unwrap_or(tuning.priority);
     Ok(if wanted == *record { Admitted::Already } else { Admitted::Journal(Box::new(wanted)) })
 }
 

@@ -80,6 +80,7 @@ fn receiving(stage: ReceivingStage) -> Record {
         region: REGION,
         floor: 2,
         forgotten: false,
+        turn: 0,
         stage,
         rebuild: None,
         failure: None,

@@ -72,9 +72,7 @@ pub fn may_forget(record: &Record, alive: bool) -> Result<(), Refusal> {
         S::Collapsing | S::Parting | S::Withdrawing | S::Discarding | S::Discarded => Ok(()),
         S::Hydrating if receiving.forgotten => Ok(()),
         // Fenced, but nothing of it is here yet.
-        S::Hydrating if receiving.rebuild.is_some() => {
-            Err(Refusal::SourceNotFenced(record.id))
-        }
+        S::Hydrating if receiving.rebuild.is_some() => Err(Refusal::SourceNotFenced(record.id)),
         S::Hydrating => {
             not_failed(record.id, receiving)?;
             if let Some(lent) = record.lent() {

@@ -9,6 +9,7 @@ pub mod forget;
 pub mod hydration;
 pub mod name;
 pub mod plan;
+pub mod schedule;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod table;

@@ -283,6 +283,15 @@ impl Record {
         Ok(self)
     }
 
+    /// Gives a copy its turn among those of its node.
+    pub fn set_turn(&mut self, turn: u64) {
+        match &mut self.phase {
+            Phase::Receiving(receiving) => receiving.turn = turn,
+            Phase::Relaying(relay) => relay.receiving.turn = turn,
+            Phase::Creating | Phase::Local | Phase::Lent(_) | Phase::Deleting => {}
+        }
+    }
+
     /// The source's side of a grant, where there is one.
     pub fn lent(&self) -> Option<&Lent> {
         match &self.phase {

@@ -378,8 +378,8 @@ impl Moves for Agent {
     ) -> Result<Response<Volume>, Status> {
         let ask = request.into_inner();
         self.note(format!(
-            "Tune {} {:?} {:?} {:?}",
-            ask.id, ask.rate_bytes_per_s, ask.threshold, ask.batch
+            "Tune {} {:?} {:?} {:?} {:?}",
+            ask.id, ask.rate_bytes_per_s, ask.threshold, ask.batch, ask.priority
         ));
         self.known(&ask.id).map(Response::new)
     }

@@ -89,12 +89,17 @@ fn every_command_asks_for_what_it_was_told() {
         (&["hydration", "resume", ID], format!("Resume {ID}"), "ID"),
         (
             &["hydration", "set", ID, "--rate", "10MiB"],
-            format!("Tune {ID} Some(10485760) None None"),
+            format!("Tune {ID} Some(10485760) None None None"),
             "ID",
         ),
         (
             &["hydration", "set", ID, "--threshold", "4", "--batch", "8"],
-            format!("Tune {ID} None Some(4) Some(8)"),
+            format!("Tune {ID} None Some(4) Some(8) None"),
+            "ID",
+        ),
+        (
+            &["hydration", "set", ID, "--priority", "-5"],
+            format!("Tune {ID} None None None Some(-5)"),
             "ID",
         ),
     ];

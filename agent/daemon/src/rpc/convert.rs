@@ -246,6 +246,7 @@ pub(super) fn volume(view: &View) -> v1::Volume {
             rate_bytes_per_s: record.tuning.rate,
             threshold: record.tuning.threshold,
             batch: record.tuning.batch,
+            priority: record.tuning.priority,
         }),
         stalled_since_s: view.stalled_since.map(seconds),
         held_writes: receiving

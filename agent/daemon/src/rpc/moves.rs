@@ -127,6 +127,7 @@ impl v1::moves_server::Moves for Face {
             rate: request.rate_bytes_per_s,
             threshold: request.threshold,
             batch: request.batch,
+            priority: request.priority,
         };
         self.tuned(&request.id, change).await
     }

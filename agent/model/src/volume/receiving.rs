@@ -25,6 +25,9 @@ pub struct Receiving {
     /// Whether an operator has said that the source is lost for ever: nothing is
     /// read from it any more, and it is told nothing.
     pub forgotten: bool,
+    /// Its turn among the copies of this node: they come in the order in which their
+    /// sources were fenced. 0 before that.
+    pub turn: u64,
     /// How far the copy is.
     pub stage: ReceivingStage,
     /// The source has grown before it was fenced: the clone is made anew, and the

@@ -115,6 +115,7 @@ fn receiving(stage: ReceivingStage, hold: bool) -> Receiving {
         region: Sectors(8),
         floor: 0,
         forgotten: false,
+        turn: 0,
         stage,
         rebuild: None,
         failure: None,
