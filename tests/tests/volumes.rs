@@ -12,6 +12,10 @@ mod bed;
 mod faults;
 #[path = "volumes/lost.rs"]
 mod lost;
+#[path = "volumes/guest.rs"]
+mod guest;
+#[path = "volumes/migrations.rs"]
+mod migrations;
 #[path = "volumes/moves.rs"]
 mod moves;
 #[path = "volumes/refusals.rs"]
@@ -71,6 +75,9 @@ const SCENARIOS: &[Scenario] = scenarios![
     faults::a_source_that_lost_power_is_waited_for,
     faults::a_source_behind_a_pulled_cable_is_waited_for,
     lost::a_source_that_is_lost_for_ever_is_given_up,
+    migrations::a_guest_migrates_while_it_writes,
+    migrations::a_guest_whose_migration_is_cancelled_stays,
+    migrations::a_guest_stays_whose_destination_loses_power,
 ];
 
 /// How much of the scenarios runs: `DMLOCAL_SCENARIOS` says `long` or `full`, and a
@@ -93,6 +100,8 @@ const LONG: &[&str] = &[
     "agents_killed_while_copying_go_on",
     "agents_killed_while_parting_go_on",
     "a_source_that_lost_power_is_waited_for",
+    "a_guest_whose_migration_is_cancelled_stays",
+    "a_guest_stays_whose_destination_loses_power",
 ];
 
 /// Those that wait for the kernel's own timeouts, or for a whole shutdown: `--full`.
