@@ -1,4 +1,4 @@
-//! Two nodes, and words for what scenarios do on them.
+//! Two nodes or three, and words for what scenarios do on them.
 
 use std::fs;
 use std::thread;
@@ -24,15 +24,20 @@ const LEFT: &str = "
     ls /dev/mapper | grep dmlocal-........-....-
     true";
 
-/// Two nodes with dmlocal on them.
+/// Nodes with dmlocal on them.
 pub struct Bed {
     cluster: Cluster,
 }
 
 impl Bed {
-    /// Starts them.
-    pub fn start() -> Result<Bed> {
-        Ok(Bed { cluster: Cluster::start(&Options::default())? })
+    /// Starts so many.
+    pub fn start(nodes: usize) -> Result<Bed> {
+        Ok(Bed { cluster: Cluster::start(&Options { nodes, ..Options::default() })? })
+    }
+
+    /// How many there are.
+    pub fn nodes(&self) -> usize {
+        self.cluster.nodes().len()
     }
 
     /// The first node, mostly the source.
@@ -45,12 +50,17 @@ impl Bed {
         &self.cluster.nodes()[1]
     }
 
+    /// The third node, of scenarios that ask for one.
+    pub fn c(&self) -> &Node {
+        &self.cluster.nodes()[2]
+    }
+
     /// What the emulator did to a node.
     pub fn emulator_failed(&self) -> Option<String> {
         self.cluster.emulator_failed()
     }
 
-    /// Nothing of any volume is left on either node.
+    /// Nothing of any volume is left on any node.
     pub fn is_clean(&self) -> Result<()> {
         self.cluster.each(|node| {
             until("nothing to be left", SOON, || {
