@@ -12,10 +12,10 @@ mod bed;
 mod chains;
 #[path = "volumes/faults.rs"]
 mod faults;
-#[path = "volumes/lost.rs"]
-mod lost;
 #[path = "volumes/guest.rs"]
 mod guest;
+#[path = "volumes/lost.rs"]
+mod lost;
 #[path = "volumes/migrations.rs"]
 mod migrations;
 #[path = "volumes/moves.rs"]
@@ -50,6 +50,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     moves::a_volume_moves_while_it_is_written,
     moves::writes_overlap_with_copying,
     moves::the_first_write_at_the_destination_switches_over,
+    moves::a_source_that_is_still_written_is_not_fenced,
     moves::a_detached_volume_moves_cold_and_an_attached_one_does_not,
     moves::an_aborted_move_leaves_the_source_writing,
     moves::a_write_that_waits_at_the_destination_forbids_an_abort,

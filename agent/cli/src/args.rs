@@ -204,7 +204,14 @@ pub(crate) enum VolumeCommand {
     },
     /// The guest has moved: fence the source and start copying; ask the
     /// destination
-    Switch(Which),
+    Switch {
+        /// The volume
+        #[command(flatten)]
+        which: Which,
+        /// The guest has left the source, although it is still written there
+        #[arg(long)]
+        force: bool,
+    },
     /// Give a held move up; ask the destination
     Abort(Which),
     /// Give up a source that is lost for ever, with what was only there; ask the

@@ -168,10 +168,10 @@ async fn volume(global: &Global, command: &VolumeCommand) -> Result<(), Failure>
             let order = moving::Move { id, from, to, hold: *hold, wait: *wait, pool };
             moving::run(global, order).await
         }
-        VolumeCommand::Switch(Which { id, generation, incarnation }) => {
+        VolumeCommand::Switch { which: Which { id, generation, incarnation }, force } => {
             let (agent, id) = to_volume(global, id).await?;
             let (generation, incarnation) = (*generation, incarnation.clone());
-            let ask = SwitchRequest { id, generation, incarnation };
+            let ask = SwitchRequest { id, generation, incarnation, force: *force };
             let volume = agent.ask(agent.moves().switch(ask)).await?;
             print_volume(global, &volume, row)
         }

@@ -1,5 +1,6 @@
 //! dmlocald: owns a node's device-mapper stacks, exports and journal.
 
+mod activity;
 mod config;
 mod describe;
 mod hydrations;

@@ -63,8 +63,15 @@ pub trait Peers: Send + Sync + 'static {
     /// Opens a connection ahead of time; failure shows when it is used.
     async fn prepare(&self, peer: &Peer);
 
-    /// Nobody there writes any more; the answer is the volume's size in bytes.
-    async fn fence(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<u64, PeerError>;
+    /// Nobody there writes any more; the answer is the volume's size in bytes. `force`
+    /// says that the guest has left, whatever is seen there.
+    async fn fence(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+        force: bool,
+    ) -> Result<u64, PeerError>;
 
     /// The copy there may go.
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError>;
@@ -165,12 +172,19 @@ impl Peers for TlsPeers {
         }
     }
 
-    async fn fence(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<u64, PeerError> {
+    async fn fence(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+        force: bool,
+    ) -> Result<u64, PeerError> {
         let request = v1::FenceRequest {
             volume_id: volume.to_string(),
             grant_id: claim.grant.to_string(),
             incarnation: claim.incarnation.to_string(),
             generation: claim.generation.0,
+            force,
         };
         let answer = self.moves(peer)?.fence(request).await;
         Ok(self.outcome(peer, answer)?.size_bytes)

@@ -21,12 +21,12 @@ use std::{
 };
 
 use dmlocal_model::{
-    admit::{Claim, Refusal},
+    admit::{Claim, Evidence, Refusal},
     name::{Generation, Role, VolumeId},
     plan::{self, Call, Device, Next, Seen, Step, Wait},
     schedule,
     units::Sectors,
-    volume::{Event, Failure, Fate, ReceivingStage, Record, Tombstone},
+    volume::{Event, Failure, Fate, LentStage, ReceivingStage, Record, Tombstone},
 };
 use tokio::{
     sync::{Notify, broadcast, watch},
@@ -37,6 +37,7 @@ use tracing::{debug, info, warn};
 use uuid::Uuid;
 
 use crate::{
+    activity::{self, Activity, Verdict},
     config::Config,
     describe::describe,
     hydrations::Hydrations,
@@ -54,6 +55,9 @@ const HELD_POLL: Duration = Duration::from_millis(10);
 
 /// How often everything about a held volume is looked at.
 const HELD_LOOK: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 1000 });
+
+/// How often what waits for another node or for an operator is looked at.
+const WAITING_LOOK: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 5000 });
 
 /// How often a copy is looked at; a clone that fails must be noticed within a
 /// second.
@@ -187,6 +191,7 @@ pub struct Work {
     left: bool,
     /// Ask no other node now.
     silent: bool,
+    activity: Activity,
     attempt: Option<Attempt>,
 }
 
@@ -425,13 +430,17 @@ impl Volumes {
     async fn tend(self: Arc<Self>, slot: Arc<Slot>) {
         let mut next_look = Instant::now();
         loop {
-            let rest = slot.work.lock().await.rest;
+            let (rest, is_offered) = {
+                let work = slot.work.lock().await;
+                (work.rest, work.record.as_ref().is_some_and(is_offered_with_hold))
+            };
             let pause = match rest {
                 Some(Rest::Settled) => None,
                 Some(Rest::Wait(Wait::Switch)) => Some(HELD_POLL),
                 Some(Rest::Wait(Wait::Hydration | Wait::Source | Wait::Lost)) => Some(COPY_LOOK),
                 Some(Rest::Wait(Wait::Pool)) => Some(RETRY * 2),
-                Some(Rest::Wait(Wait::Operator | Wait::Peer)) => Some(RETRY * 5),
+                Some(Rest::Wait(Wait::Peer)) if is_offered => Some(activity::LOOK),
+                Some(Rest::Wait(Wait::Operator | Wait::Peer)) => Some(WAITING_LOOK),
                 None => Some(RETRY),
                 Some(Rest::Gone) => return,
             };
@@ -463,13 +472,27 @@ impl Volumes {
                     continue;
                 }
             }
-            next_look = Instant::now() + HELD_LOOK;
+            if rest == Some(Rest::Wait(Wait::Peer))
+                && is_offered
+                && !nudged
+                && Instant::now() < next_look
+            {
+                if let Err(error) = self.look_for_writes(&mut work).await {
+                    debug!(volume = %slot.id, %error, "writes cannot be counted");
+                }
+                continue;
+            }
+            let pause = if is_offered { WAITING_LOOK } else { HELD_LOOK };
+            next_look = Instant::now() + pause;
             if rest == Some(Rest::Wait(Wait::Pool)) {
                 let (kernel, pool) = (Arc::clone(&self.kernel), record.pool.clone());
                 let activated = tokio::task::spawn_blocking(move || kernel.activate(Some(&pool)));
                 if let Ok(Err(error)) = activated.await {
                     debug!(volume = %slot.id, %error, "the pool is still away");
                 }
+            }
+            if is_offered && let Err(error) = self.look_for_writes(&mut work).await {
+                debug!(volume = %slot.id, %error, "writes cannot be counted");
             }
             let before = work.detail.clone();
             if let Err(error) = self.converge(&slot, &mut work).await
@@ -616,6 +639,46 @@ impl Volumes {
         let place = self.hydrations.place(copy, share.candidate, share.copied, now);
         work.progress.place(&mut seen, place, self.hydrations.is_spent());
         Ok(seen)
+    }
+
+    /// Notes whether a source that is offered was written. Returns whether anybody can
+    /// write it at all.
+    async fn look_for_writes(&self, work: &mut Work) -> Result<bool, ServiceError> {
+        let record = work.record.clone().filter(is_offered_with_hold);
+        let written = match record {
+            None => None,
+            Some(record) => {
+                let kernel = Arc::clone(&self.kernel);
+                tokio::task::spawn_blocking(move || kernel.written(&record))
+                    .await?
+                    .map_err(|source| ServiceError::Step { step: "look".into(), source })?
+            }
+        };
+        match written {
+            Some(written) => work.activity.saw(written, Instant::now()),
+            None => work.activity = Activity::default(),
+        }
+        Ok(written.is_some())
+    }
+
+    /// What speaks for it that the guest has left this source; takes up to
+    /// 100 ms where it has only just written.
+    ///
+    /// # Errors
+    /// The kernel cannot be asked.
+    pub async fn evidence(&self, work: &mut Work) -> Result<Evidence, ServiceError> {
+        let mut open = self.look_for_writes(work).await?;
+        // What that look found may have been written before the question.
+        let asked = Instant::now();
+        while open {
+            match work.activity.verdict(asked, Instant::now()) {
+                Verdict::Quiet => break,
+                Verdict::Writing => return Ok(Evidence::Writing),
+                Verdict::Wait => sleep(activity::CLOSE_LOOK).await,
+            }
+            open = self.look_for_writes(work).await?;
+        }
+        Ok(Evidence::Quiet)
     }
 
     /// Begins a step that nobody waits for; the next look finds its outcome.
@@ -784,7 +847,7 @@ impl Volumes {
         match (call, record.receiving(), &record.lent_before) {
             (Call::Fence, Some(receiving), _) => {
                 let (peer, claim) = source_of(record, receiving);
-                match self.peers.fence(&peer, record.id, &claim).await {
+                match self.peers.fence(&peer, record.id, &claim, receiving.forced).await {
                     Ok(size) if size == receiving.length.bytes() => Ok(Event::SourceFenced),
                     // It grew while it was held: nothing is kept here yet.
                     Ok(size) if size > receiving.length.bytes() && receiving.source.hold => {
@@ -910,6 +973,11 @@ impl View {
             stalled_since: None,
         }
     }
+}
+
+/// Whether a volume may be written here until its borrower asks for the fence.
+fn is_offered_with_hold(record: &Record) -> bool {
+    record.lent().is_some_and(|lent| lent.hold && lent.stage == LentStage::Published)
 }
 
 fn source_of(record: &Record, receiving: &dmlocal_model::volume::Receiving) -> (Peer, Claim) {

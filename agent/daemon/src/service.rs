@@ -11,7 +11,9 @@ use std::{
 };
 
 use dmlocal_model::{
-    admit::{self, Admitted, Change, Claim, GrantRequest, Offer, PoolRoom, Refusal, Which},
+    admit::{
+        self, Admitted, Change, Claim, Evidence, GrantRequest, Offer, PoolRoom, Refusal, Which,
+    },
     hydration,
     name::{DmName, Generation, NQN_PREFIX, Role, VolumeId},
     plan::{self, Device, Wait},
@@ -337,18 +339,19 @@ impl Service {
             .await
     }
 
-    /// The guest has moved here: fence the source, then hydrate.
+    /// The guest has moved here: fence the source, then hydrate. `force` says so
+    /// whatever the source sees.
     ///
     /// # Errors
-    /// See [`admit::switch`]; when the source does not answer, the switch goes
-    /// on by itself as soon as it does.
-    pub async fn switch(&self, which: impl Into<Which>) -> Result<View, ServiceError> {
+    /// See [`admit::switch`]; when the source does not answer, or is still being
+    /// written, the switch goes on by itself as soon as it can.
+    pub async fn switch(&self, which: impl Into<Which>, force: bool) -> Result<View, ServiceError> {
         let which = which.into();
         let id = which.id;
         self.volumes
             .with_newest(id, async |slot, work| {
                 self.change(id, slot, work, Room::None, |known| {
-                    admit::switch(which.of(known.record)?)
+                    admit::switch(which.of(known.record)?, force)
                 })
                 .await?;
                 self.volumes.converge(slot, work).await?;
@@ -407,14 +410,19 @@ impl Service {
         &self,
         id: VolumeId,
         claim: &Claim,
+        force: bool,
         caller: Option<&str>,
     ) -> Result<u64, ServiceError> {
         self.volumes
             .with(self.lent_under(id, claim.grant, claim.generation), async |slot, work| {
+                let evidence = match force {
+                    true => Evidence::Word,
+                    false => self.volumes.evidence(work).await?,
+                };
                 self.change(id, slot, work, Room::None, |known| {
                     let record = known.record.ok_or(Refusal::GrantUnknown(claim.grant))?;
                     borrowed_by(record, claim.grant, caller)?;
-                    admit::fence(record, claim)
+                    admit::fence(record, claim, evidence)
                 })
                 .await?;
                 self.arrived(slot, work).await?;

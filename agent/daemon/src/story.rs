@@ -15,7 +15,7 @@ use dmlocal_model::{
     plan::Seen,
     sim::{Io, REGION_BYTES, REGIONS, VOLUME_BYTES, World},
     table::CloneStatus,
-    volume::{Borrower, Phase, ReceivingStage, Source},
+    volume::{Borrower, LentStage, Phase, ReceivingStage, Source},
 };
 use tokio::{sync::Notify, time::timeout};
 use uuid::Uuid;
@@ -67,8 +67,14 @@ fn number(name: &str) -> usize {
 impl Peers for Direct {
     async fn prepare(&self, _: &Peer) {}
 
-    async fn fence(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<u64, PeerError> {
-        refused(peer, self.at(peer)?.fence(volume, claim, None).await)
+    async fn fence(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+        force: bool,
+    ) -> Result<u64, PeerError> {
+        refused(peer, self.at(peer)?.fence(volume, claim, force, None).await)
     }
 
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
@@ -274,7 +280,7 @@ async fn story(pair: &Pair, written: &Mutex<u64>) -> Result<(), ServiceError> {
     *written.lock().unwrap() = 1;
     pair.begin_move(true).await?;
     assert_eq!(pair.read(1, 0), Io::Done(100));
-    b.switch(pair.id).await?;
+    b.switch(pair.id, false).await?;
     assert_eq!(pair.write(1, 2, 200), Io::Done(()));
     *written.lock().unwrap() = 2;
     assert_eq!(pair.write(0, 2, 300), Io::Failed, "the source is fenced");
@@ -379,9 +385,10 @@ fn the_story_ends_well_whatever_fails() {
     }
 }
 
-fn one<T: std::fmt::Debug>(outcome: Result<T, ServiceError>) -> &'static str {
+fn one<T: std::fmt::Debug>(outcome: Result<T, ServiceError>) -> String {
     match outcome.unwrap_err() {
-        ServiceError::Refused(refusal) => refusal.reason(),
+        ServiceError::Refused(refusal) => refusal.reason().to_owned(),
+        ServiceError::Peer(PeerError::Refused { reason, .. }) => reason,
         error => panic!("{error} is not a refusal"),
     }
 }
@@ -411,7 +418,7 @@ fn bad_requests_are_refused_with_a_reason_and_change_nothing() {
         a.create(id, VOLUME_BYTES, "").await.unwrap();
         assert_eq!(one(a.create(id, 2 * VOLUME_BYTES, "").await), "VOLUME_EXISTS");
         assert_eq!(one(a.extend(id, 512).await), "SIZE_SMALLER");
-        assert_eq!(one(a.switch(id).await), "VOLUME_NOT_HELD");
+        assert_eq!(one(a.switch(id, false).await), "VOLUME_NOT_HELD");
         assert_eq!(one(a.abort(id).await), "VOLUME_NOT_HELD");
         assert_eq!(
             one(a.tune(id, dmlocal_model::admit::Change::default()).await),
@@ -449,14 +456,14 @@ fn bad_requests_are_refused_with_a_reason_and_change_nothing() {
             generation: dmlocal_model::name::Generation(1),
         };
         let stranger = Claim { grant: Uuid::from_u128(99), ..claim.clone() };
-        assert_eq!(one(a.fence(id, &stranger, Some("n1")).await), "GRANT_UNKNOWN");
-        assert_eq!(one(a.fence(id, &claim, Some("n2")).await), "GRANT_UNKNOWN");
+        assert_eq!(one(a.fence(id, &stranger, false, Some("n1")).await), "GRANT_UNKNOWN");
+        assert_eq!(one(a.fence(id, &claim, false, Some("n2")).await), "GRANT_UNKNOWN");
         assert_eq!(one(a.release(id, &claim, Some("n1")).await), "GRANT_UNKNOWN");
         let stale = Claim { generation: dmlocal_model::name::Generation(2), ..claim.clone() };
-        assert_eq!(one(a.fence(id, &stale, Some("n1")).await), "GENERATION_STALE");
+        assert_eq!(one(a.fence(id, &stale, false, Some("n1")).await), "GENERATION_STALE");
         assert_eq!(pair.write(0, 0, 5), Io::Done(()), "the source is still open");
 
-        b.switch(id).await.unwrap();
+        b.switch(id, false).await.unwrap();
         assert_eq!(one(b.abort(id).await), "GRANT_FENCED");
         assert_eq!(one(a.abort(id).await), "GRANT_FENCED");
         assert_eq!(one(a.attach(id, None).await), "VOLUME_FENCED");
@@ -464,7 +471,7 @@ fn bad_requests_are_refused_with_a_reason_and_change_nothing() {
         pair.until(0, |view| view.is_none()).await;
         // A delayed repetition of what is over does nothing and does not complain.
         a.release(id, &claim, Some("n1")).await.unwrap();
-        assert_eq!(one(a.fence(id, &claim, Some("n1")).await), "GRANT_UNKNOWN");
+        assert_eq!(one(a.fence(id, &claim, false, Some("n1")).await), "GRANT_UNKNOWN");
         assert_eq!(pair.read(1, 0), Io::Done(5));
         b.detach(id).await.unwrap();
         b.delete(id).await.unwrap();
@@ -499,7 +506,7 @@ fn an_old_user_of_the_handle_keeps_a_new_copy_away() {
         locked(&pair.world).set_users(0, &attached.record, 1);
         assert_eq!(one(a.detach(pair.id).await), "HANDLE_IN_USE");
         pair.begin_move(true).await.unwrap();
-        b.switch(pair.id).await.unwrap();
+        b.switch(pair.id, false).await.unwrap();
         pair.until(0, |view| view.is_none()).await;
         assert_eq!(one(a.create(pair.id, VOLUME_BYTES, "").await), "HANDLE_IN_USE");
         locked(&pair.world).set_users(0, &attached.record, 0);
@@ -583,7 +590,7 @@ fn a_clone_whose_metadata_is_lost_fails_and_is_never_begun_anew() {
         pair.services[0].create(pair.id, VOLUME_BYTES, "").await.unwrap();
         pair.services[0].attach(pair.id, None).await.unwrap();
         pair.begin_move(true).await.unwrap();
-        pair.services[1].switch(pair.id).await.unwrap();
+        pair.services[1].switch(pair.id, false).await.unwrap();
         assert_eq!(pair.write(1, 0, 7), Io::Done(()));
     });
     locked(&world).power_cut(1);
@@ -612,19 +619,19 @@ async fn chain(pair: &Pair, written: &Mutex<u64>) -> Result<(), ServiceError> {
     }
     *written.lock().unwrap() = 1;
     pair.move_between(0, 1, 7, true).await?;
-    b.switch(pair.id).await?;
+    b.switch(pair.id, false).await?;
     assert_eq!(pair.write(1, 2, 200), Io::Done(()));
     *written.lock().unwrap() = 2;
     pair.move_between(1, 2, 8, true).await?;
     assert_eq!(pair.read(2, 2), Io::Done(200), "through two nodes");
-    c.switch(pair.id).await?;
+    c.switch(pair.id, false).await?;
     assert_eq!(pair.write(2, 3, 300), Io::Done(()));
     *written.lock().unwrap() = 3;
     assert_eq!(pair.write(1, 3, 301), Io::Failed, "the middle is fenced");
     // The handle at A is still there: nothing may come back below it.
     a.detach(pair.id).await?;
     pair.move_between(2, 0, 9, true).await?;
-    a.switch(pair.id).await?;
+    a.switch(pair.id, false).await?;
     assert_eq!(pair.read(0, 0), Io::Done(100), "round all three");
     assert_eq!(pair.write(0, 0, 400), Io::Done(()));
     *written.lock().unwrap() = 4;
@@ -768,7 +775,7 @@ fn a_volume_grows_while_it_is_copied_and_takes_that_along() {
         assert_eq!(pair.write(0, 0, 10), Io::Done(()));
         pair.begin_move(true).await.unwrap();
         assert_eq!(one(b.extend(pair.id, VOLUME_BYTES).await), "VOLUME_MOVING", "it is held");
-        b.switch(pair.id).await.unwrap();
+        b.switch(pair.id, false).await.unwrap();
         assert_eq!(pair.write(1, 3, 1), Io::Failed, "behind the end");
         b.extend(pair.id, half + REGION_BYTES).await.unwrap();
         b.extend(pair.id, VOLUME_BYTES).await.unwrap();
@@ -777,7 +784,7 @@ fn a_volume_grows_while_it_is_copied_and_takes_that_along() {
         assert_eq!(pair.write(1, 3, 13), Io::Done(()));
         pair.move_between(1, 2, 8, true).await.unwrap();
         assert_eq!((pair.read(2, 0), pair.read(2, 3)), (Io::Done(10), Io::Done(13)));
-        c.switch(pair.id).await.unwrap();
+        c.switch(pair.id, false).await.unwrap();
         pair.until(2, is_local).await;
         pair.until(1, |view| view.is_none()).await;
         assert_eq!((pair.read(2, 0), pair.read(2, 3)), (Io::Done(10), Io::Done(13)));
@@ -802,7 +809,7 @@ fn copies_wait_for_their_turn_and_say_so() {
             a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
             a.attach(pair.id, None).await.unwrap();
             pair.move_between(0, 1, grant, true).await.unwrap();
-            b.switch(pair.id).await.unwrap();
+            b.switch(pair.id, false).await.unwrap();
         }
         let waits = |said: &str| said == "copying waits: 1 other is before it";
         let runs = |said: &str| said.is_empty();
@@ -857,7 +864,7 @@ async fn half_way(pair: &Pair) {
     assert_eq!(one(a.forget_source(pair.id).await), "VOLUME_NOT_HYDRATING");
     pair.begin_move(true).await.unwrap();
     assert_eq!(one(b.forget_source(pair.id).await), "SOURCE_NOT_FENCED", "it is held");
-    b.switch(pair.id).await.unwrap();
+    b.switch(pair.id, false).await.unwrap();
     assert_eq!(pair.write(1, 1, 11), Io::Done(()));
 }
 
@@ -995,7 +1002,7 @@ fn a_held_volume_grows_at_its_source_and_the_destination_follows() {
         // Once more, and the switch at once: the fence tells the size.
         a.extend(pair.id, VOLUME_BYTES).await.unwrap();
         assert_eq!(pair.write(0, 3, 13), Io::Done(()));
-        b.switch(pair.id).await.unwrap();
+        b.switch(pair.id, false).await.unwrap();
         assert_eq!(one(a.extend(pair.id, VOLUME_BYTES).await), "VOLUME_FENCED");
         pair.until(1, is_local).await;
         for (region, value) in [(0, 0), (1, 11), (2, 12), (3, 13)] {
@@ -1018,7 +1025,7 @@ fn a_volume_is_deleted_before_it_has_arrived_and_the_source_lets_go() {
         a.attach(pair.id, None).await.unwrap();
         pair.begin_move(true).await.unwrap();
         assert_eq!(one(b.delete(pair.id).await), "VOLUME_MOVING", "it is held");
-        b.switch(pair.id).await.unwrap();
+        b.switch(pair.id, false).await.unwrap();
         assert_eq!(one(b.delete(pair.id).await), "VOLUME_ATTACHED");
         b.detach(pair.id).await.unwrap();
         b.delete(pair.id).await.unwrap();
@@ -1027,5 +1034,105 @@ fn a_volume_is_deleted_before_it_has_arrived_and_the_source_lets_go() {
         pair.until(0, |view| view.is_none()).await;
         b.delete(pair.id).await.unwrap();
         assert!(locked(&world).is_clean(0) && locked(&world).is_clean(1));
+    });
+}
+
+/// A guest at the source that writes until it is told to stop, or fails.
+struct Busy {
+    stop: Arc<std::sync::atomic::AtomicBool>,
+    thread: std::thread::JoinHandle<u64>,
+}
+
+impl Busy {
+    fn start(pair: &Pair) -> Self {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let (stop, world) = (Arc::new(AtomicBool::new(false)), Arc::clone(&pair.world));
+        let record = pair.view(0).unwrap().record;
+        locked(&world).set_users(0, &record, 1);
+        let told = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let mut value = 1000;
+            while !told.load(Ordering::Relaxed) {
+                if locked(&world).write_handle(0, &record, 0, value + 1) != Io::Done(()) {
+                    return 0;
+                }
+                value += 1;
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            value
+        });
+        Self { stop, thread }
+    }
+
+    /// The last value that was acknowledged; 0 for a guest that met an error.
+    fn stop(self) -> u64 {
+        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+#[test]
+fn a_source_is_not_fenced_while_its_guest_writes() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        a.attach(pair.id, None).await.unwrap();
+        let guest = Busy::start(&pair);
+        pair.begin_move(true).await.unwrap();
+        // Whatever it was that wrote at the destination, it was not the guest.
+        assert_eq!(pair.write(1, 1, 7), Io::Waits);
+        for _ in 0..3 {
+            assert_eq!(one(b.switch(pair.id, false).await), "SOURCE_ACTIVE");
+        }
+        let (held, lent) = (pair.view(1).unwrap().record, pair.view(0).unwrap().record);
+        assert_eq!(held.receiving().unwrap().stage, ReceivingStage::Switching);
+        assert_eq!(lent.lent().unwrap().stage, LentStage::Published);
+        assert!(locked(&world).released.is_empty(), "a held write was acknowledged");
+        // Once it has stopped, the switch goes on by itself.
+        let last = guest.stop();
+        assert!(last > 1000, "the guest was cut off");
+        pair.until(1, |view| view.unwrap().record.receiving().unwrap().stage.is_owner()).await;
+        assert_eq!(pair.read(1, 0), Io::Done(last));
+        assert_eq!(locked(&world).released, [(1, 1, 7)]);
+    });
+}
+
+#[test]
+fn a_source_is_fenced_at_once_when_its_guest_has_only_just_stopped() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        a.attach(pair.id, None).await.unwrap();
+        pair.begin_move(true).await.unwrap();
+        let guest = Busy::start(&pair);
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        // It stays open, as QEMU leaves it.
+        let last = guest.stop();
+        b.switch(pair.id, false).await.unwrap();
+        assert_eq!(pair.read(1, 0), Io::Done(last));
+    });
+}
+
+#[test]
+fn a_source_is_fenced_on_somebodys_word_although_it_is_written() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        a.attach(pair.id, None).await.unwrap();
+        let guest = Busy::start(&pair);
+        pair.begin_move(true).await.unwrap();
+        assert_eq!(one(b.switch(pair.id, false).await), "SOURCE_ACTIVE");
+        b.switch(pair.id, true).await.unwrap();
+        assert!(pair.view(1).unwrap().record.receiving().unwrap().stage.is_owner());
+        assert_eq!(guest.stop(), 0, "two nodes write");
     });
 }

@@ -203,6 +203,9 @@ pub enum Refusal {
         /// The source that was forgotten.
         node: String,
     },
+    /// A guest that is to have left still writes here.
+    #[error("volume {0} is still being written at its source")]
+    SourceActive(VolumeId),
     /// No port is free for another export.
     #[error("no port is free for another export")]
     PortsExhausted,
@@ -244,6 +247,7 @@ impl Refusal {
             Self::SourceAlive { .. } => "SOURCE_ALIVE",
             Self::SourceNotFenced(_) => "SOURCE_NOT_FENCED",
             Self::RegionsLost { .. } => "REGIONS_LOST",
+            Self::SourceActive(_) => "SOURCE_ACTIVE",
             Self::PortsExhausted => "PORTS_EXHAUSTED",
             Self::TargetMissing(_) => "TARGET_MISSING",
         }
@@ -705,16 +709,18 @@ pub fn receive(
             turn: 0,
             stage: ReceivingStage::Allocating,
             rebuild: None,
+            forced: false,
             failure: None,
         })),
     })))
 }
 
-/// The guest has moved: fence the source.
+/// The guest has moved: fence the source. `force` says that the caller knows it to
+/// have left, whatever the source sees.
 ///
 /// # Errors
 /// The volume is not held.
-pub fn switch(record: &Record) -> Result<Admitted, Refusal> {
+pub fn switch(record: &Record, force: bool) -> Result<Admitted, Refusal> {
     let Some(receiving) = record.receiving() else {
         // The whole move may be over by the time the call is repeated.
         return Err(Refusal::VolumeNotHeld(record.id));
@@ -724,7 +730,14 @@ pub fn switch(record: &Record) -> Result<Admitted, Refusal> {
         ReceivingStage::Held | ReceivingStage::Refused | ReceivingStage::Switching
             if receiving.source.hold =>
         {
-            journal(record, Event::SwitchAsked)
+            let mut wanted = record.clone();
+            if let Phase::Receiving(receiving) = &mut wanted.phase {
+                receiving.forced |= force;
+            }
+            match journal(&wanted, Event::SwitchAsked)? {
+                Admitted::Already if wanted != *record => Ok(Admitted::Journal(Box::new(wanted))),
+                admitted => Ok(admitted),
+            }
         }
         ReceivingStage::Hydrating | ReceivingStage::Collapsing | ReceivingStage::Parting
             if receiving.source.hold =>
@@ -842,12 +855,27 @@ fn claimed<'a>(record: &'a Record, claim: &Claim) -> Result<&'a Lent, Refusal> {
     Ok(lent)
 }
 
+/// What speaks for it that the guest has left a source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Evidence {
+    /// Nobody has the handle open, or nothing is written through it.
+    Quiet,
+    /// Nothing: the handle is written.
+    Writing,
+    /// A caller at the destination says that it has, on their own responsibility.
+    Word,
+}
+
 /// The grant's holder asks that nobody here writes any more.
 ///
 /// # Errors
-/// The grant is not open here, or names another generation.
-pub fn fence(record: &Record, claim: &Claim) -> Result<Admitted, Refusal> {
+/// The grant is not open here, or names another generation; or the guest is plainly
+/// still running here.
+pub fn fence(record: &Record, claim: &Claim, evidence: Evidence) -> Result<Admitted, Refusal> {
     match claimed(record, claim)?.stage {
+        LentStage::Published if evidence == Evidence::Writing => {
+            Err(Refusal::SourceActive(record.id))
+        }
         LentStage::Published | LentStage::Fencing | LentStage::Fenced => {
             journal(record, Event::FenceAsked)
         }

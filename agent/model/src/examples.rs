@@ -83,6 +83,7 @@ fn receiving(stage: ReceivingStage) -> Record {
         turn: 0,
         stage,
         rebuild: None,
+        forced: false,
         failure: None,
     })))
 }

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use self::seeds::Sabotage;
 use crate::{
-    admit::{self, Admitted, Claim, GrantRequest, Offer, PoolRoom, Refusal},
+    admit::{self, Admitted, Claim, Evidence, GrantRequest, Offer, PoolRoom, Refusal},
     forget,
     name::VolumeId,
     plan::{self, Call, Next, Wait},
@@ -89,6 +89,8 @@ struct Cluster {
     writer: Option<usize>,
     value: u64,
     lose_answers: bool,
+    /// Nodes on which a guest writes all the time.
+    running: [bool; NODES],
     /// Calls between agents that were made, whether they arrived or not: any of
     /// them may arrive again, at any time.
     sent: Vec<(usize, Message)>,
@@ -98,7 +100,7 @@ struct Cluster {
 /// A call from one agent to another.
 #[derive(Debug, Clone)]
 enum Message {
-    Fence(Claim),
+    Fence(Claim, bool),
     Release(Claim),
     Revoke(Uuid),
 }
@@ -127,6 +129,7 @@ impl Cluster {
             writer: None,
             value: 0,
             lose_answers: false,
+            running: [false; NODES],
             sent: Vec::new(),
             sabotage: None,
         }
@@ -359,7 +362,7 @@ impl Cluster {
     }
 
     fn ask(&mut self, at: At, record: &Record, call: Call) -> Result<Event, Stop> {
-        let (node, id) = (at.node, self.id);
+        let node = at.node;
         match call {
             Call::QueryGrant => {
                 let borrower = record.lent_before.clone().unwrap();
@@ -374,17 +377,18 @@ impl Cluster {
             }
             Call::Fence => {
                 let claim = Self::claim(record);
-                let source = record.receiving().unwrap().source.node.clone();
-                self.sent.push((number(&source), Message::Fence(claim.clone())));
+                let receiving = record.receiving().unwrap();
+                let (source, forced) = (receiving.source.node.clone(), receiving.forced);
+                self.sent.push((number(&source), Message::Fence(claim.clone(), forced)));
                 let answer = self.call(node, &source, |cluster, there| {
+                    cluster.fence(there, &claim, forced)?;
                     let at = At { node: there, generation: claim.generation.0 };
-                    cluster.request(at, |record| admit::fence(known(record, id)?, &claim))?;
                     cluster
                         .record(at)
                         .map(|record| record.size)
                         .ok_or_else(|| Stop::Stuck("the source is gone".into()))
                 })?;
-                let length = record.receiving().unwrap().length;
+                let length = receiving.length;
                 match answer {
                     Ok(size)
                         if size > length && self.sabotage != Some(Sabotage::ForgetsTheGrowth) =>
@@ -395,6 +399,7 @@ impl Cluster {
                         assert!(size >= length, "the source has shrunk");
                         Ok(Event::SourceFenced)
                     }
+                    Err(refusal @ Refusal::SourceActive(_)) => Err(Stop::Refused(refusal)),
                     Err(refusal) => {
                         self.journal(at, Event::SourceRefused)?;
                         Err(Stop::Stuck(refusal.to_string()))
@@ -404,6 +409,26 @@ impl Cluster {
             Call::Release => self.release(node, record).map(|()| Event::SourceReleased),
             Call::Revoke => unreachable!("not asked this way"),
         }
+    }
+
+    /// At the source. A guest that runs there must not be cut off unless somebody has
+    /// said so.
+    fn fence(&mut self, node: usize, claim: &Claim, forced: bool) -> Result<(), Stop> {
+        let id = self.id;
+        let at = At { node, generation: claim.generation.0 };
+        let is_open = |record: &Record| {
+            record.lent().is_some_and(|lent| lent.hold && lent.stage == LentStage::Published)
+        };
+        let runs = self.running[node]
+            && self.record(at).is_some_and(|r| is_open(&r) && self.world.has_handle(node, &r));
+        let evidence = match runs && self.sabotage != Some(Sabotage::CutsOffTheGuest) {
+            _ if forced => Evidence::Word,
+            true => Evidence::Writing,
+            false => Evidence::Quiet,
+        };
+        self.admit(at, |record| admit::fence(known(record, id)?, claim, evidence))?;
+        assert!(forced || !runs, "a guest that was running was cut off");
+        self.converge(at)
     }
 
     fn release(&mut self, node: usize, record: &Record) -> Result<(), Stop> {
@@ -431,10 +456,7 @@ impl Cluster {
         };
         let id = self.id;
         match message {
-            Message::Fence(claim) => {
-                let at = At { node: there, generation: claim.generation.0 };
-                self.request(at, |record| admit::fence(known(record, id)?, &claim))
-            }
+            Message::Fence(claim, forced) => self.fence(there, &claim, forced),
             Message::Release(claim) => {
                 if self.journals[there].stones.contains_key(&claim.grant) {
                     return Ok(());
@@ -694,9 +716,9 @@ impl Cluster {
         outcome
     }
 
-    fn switch(&mut self, node: usize) -> Result<(), Stop> {
+    fn switch(&mut self, node: usize, force: bool) -> Result<(), Stop> {
         let id = self.id;
-        self.request_newest(node, |record| admit::switch(known(record, id)?))
+        self.request_newest(node, |record| admit::switch(known(record, id)?, force))
     }
 
     fn abort(&mut self, node: usize) -> Result<(), Stop> {
@@ -746,6 +768,7 @@ impl Cluster {
     }
 
     fn power_cut(&mut self, node: usize) {
+        self.running[node] = false;
         self.world.power_cut(node);
         // What was acknowledged elsewhere is not in this node's caches.
         let writes_here = self.writer == Some(node);
@@ -770,8 +793,12 @@ impl Cluster {
             Op::Attach(node, named) => self.attach(node, named),
             Op::Detach(node) => self.detach(node),
             Op::Move(from, to, hold) => self.begin_move(from, to, hold),
-            Op::Switch(node) => self.switch(node),
+            Op::Switch(node, force) => self.switch(node, force),
             Op::Abort(node) => self.abort(node),
+            Op::Guest(node, runs) => {
+                self.running[node] = runs;
+                Ok(())
+            }
             Op::Tend(node) => self.converge_all(node),
             Op::Write(node, region) => {
                 self.write(node, region);
@@ -832,12 +859,13 @@ impl Cluster {
         self.world.fault = None;
         self.world.network = true;
         self.lose_answers = false;
+        self.running = [false; NODES];
         for round in 0..80 {
             for node in 0..NODES {
                 self.world.close_all(node);
                 if let Some(record) = self.journals[node].newest().cloned() {
                     if round > 20 && record.receiving().is_some_and(|r| !r.stage.is_taken()) {
-                        let _ = self.switch(node);
+                        let _ = self.switch(node, false);
                         let _ = self.abort(node);
                     }
                     // A grant that nobody has received.
@@ -923,8 +951,9 @@ enum Op {
     Attach(usize, bool),
     Detach(usize),
     Move(usize, usize, bool),
-    Switch(usize),
+    Switch(usize, bool),
     Abort(usize),
+    Guest(usize, bool),
     Tend(usize),
     Write(usize, usize),
     Read(usize, usize),
@@ -951,7 +980,9 @@ fn any_op() -> impl Strategy<Value = Op> {
         4 => (node.clone(), any::<bool>()).prop_map(|(node, named)| Op::Attach(node, named)),
         2 => node.clone().prop_map(Op::Detach),
         6 => (way, any::<bool>()).prop_map(|((from, to), hold)| Op::Move(from, to, hold)),
-        4 => node.clone().prop_map(Op::Switch),
+        4 => (node.clone(), prop::bool::weighted(0.2))
+            .prop_map(|(node, force)| Op::Switch(node, force)),
+        2 => (node.clone(), any::<bool>()).prop_map(|(node, runs)| Op::Guest(node, runs)),
         2 => node.clone().prop_map(Op::Abort),
         4 => node.clone().prop_map(Op::Tend),
         8 => (node.clone(), region.clone()).prop_map(|(node, region)| Op::Write(node, region)),
@@ -982,7 +1013,7 @@ fn story(cluster: &mut Cluster) -> Result<(), Stop> {
     cluster.write(0, SMALL);
     cluster.converge_all(1)?;
     cluster.read(1, SMALL);
-    cluster.switch(1)?;
+    cluster.switch(1, false)?;
     cluster.write(1, SMALL);
     cluster.extend(1, REGIONS)?;
     cluster.read(1, REGIONS - 1);
@@ -1027,7 +1058,7 @@ fn a_source_that_was_fenced_stays_closed_when_it_boots() {
     cluster.create(0).unwrap();
     cluster.attach(0, false).unwrap();
     cluster.begin_move(0, 1, true).unwrap();
-    cluster.switch(1).unwrap();
+    cluster.switch(1, false).unwrap();
     cluster.power_cut(0);
     cluster.converge_all(0).unwrap();
     let record = cluster.journals[0].newest().cloned().unwrap();

@@ -344,7 +344,8 @@ impl Moves for Agent {
     }
 
     async fn switch(&self, request: Request<SwitchRequest>) -> Result<Response<Volume>, Status> {
-        self.note(format!("Switch {}", request.get_ref().id));
+        let force = if request.get_ref().force { " by force" } else { "" };
+        self.note(format!("Switch {}{force}", request.get_ref().id));
         self.known(&request.into_inner().id).map(Response::new)
     }
 

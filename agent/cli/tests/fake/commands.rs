@@ -85,6 +85,7 @@ fn every_command_asks_for_what_it_was_told() {
             format!("ForgetSource {ID} true"),
             "lost: 3MiB (3145728 bytes) in 48 regions\n",
         ),
+        (&["volume", "switch", ID, "--force"], format!("Switch {ID} by force"), "ID"),
         (&["hydration", "pause", ID], format!("Pause {ID}"), "ID"),
         (&["hydration", "resume", ID], format!("Resume {ID}"), "ID"),
         (

@@ -81,7 +81,7 @@ impl v1::moves_server::Moves for Face {
         let which = convert::which(&request.id, request.generation, request.incarnation.as_deref())
             .map_err(status)?;
         let service = Arc::clone(&self.service);
-        let view = whole(async move { service.switch(which).await }).await?;
+        let view = whole(async move { service.switch(which, request.force).await }).await?;
         Ok(Response::new(convert::volume(&view)))
     }
 
@@ -163,7 +163,8 @@ impl v1::moves_server::Moves for Face {
             .map_err(status)?;
         let service = Arc::clone(&self.service);
         let size_bytes =
-            whole(async move { service.fence(id, &claim, node.as_deref()).await }).await?;
+            whole(async move { service.fence(id, &claim, request.force, node.as_deref()).await })
+                .await?;
         Ok(Response::new(v1::FenceResponse { size_bytes }))
     }
 

@@ -58,9 +58,15 @@ fn classify(error: &ServiceError) -> (Code, &'static str, HashMap<String, String
         }
         ServiceError::Peer(PeerError::Refused { node, reason, .. }) => {
             // The peer's own reason, where it is one that this code knows.
-            let known = ["GRANT_UNKNOWN", "GENERATION_STALE", "GRANT_FENCED", "ROLE_FORBIDDEN"]
-                .into_iter()
-                .find(|known| known == reason);
+            let known = [
+                "GRANT_UNKNOWN",
+                "GENERATION_STALE",
+                "GRANT_FENCED",
+                "SOURCE_ACTIVE",
+                "ROLE_FORBIDDEN",
+            ]
+            .into_iter()
+            .find(|known| known == reason);
             (Code::FailedPrecondition, known.unwrap_or("PEER_REFUSED"), one("node", node.clone()))
         }
         ServiceError::SizeMismatch { .. } => {
@@ -93,6 +99,7 @@ const fn refusal_code(refusal: &Refusal) -> Code {
         | Refusal::VolumeFailed { .. }
         | Refusal::GenerationStale { .. }
         | Refusal::GrantFenced(_)
+        | Refusal::SourceActive(_)
         | Refusal::WrittenAtDestination { .. }
         | Refusal::PeerVersion { .. }
         | Refusal::PoolMissing { .. }
@@ -112,6 +119,7 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
         | Refusal::VolumeMoving(id)
         | Refusal::VolumeNotHeld(id)
         | Refusal::VolumeNotHydrating(id)
+        | Refusal::SourceActive(id)
         | Refusal::SourceNotFenced(id) => vec![("id", id.to_string())],
         Refusal::VolumeExists { id, field } => {
             vec![("id", id.to_string()), ("field", (*field).to_owned())]

@@ -33,6 +33,9 @@ pub struct Receiving {
     /// The source has grown before it was fenced: the clone is made anew, and the
     /// handle holds until it is, although the source may be fenced by then.
     pub rebuild: Option<Rebuild>,
+    /// Whether a caller has said that the guest has left the source, whatever the
+    /// source sees.
+    pub forced: bool,
     /// Why nothing more may be done until the node has rebooted.
     pub failure: Option<Failure>,
 }

@@ -118,6 +118,7 @@ fn receiving(stage: ReceivingStage, hold: bool) -> Receiving {
         turn: 0,
         stage,
         rebuild: None,
+        forced: false,
         failure: None,
     }
 }

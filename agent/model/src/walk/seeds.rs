@@ -62,10 +62,12 @@ pub(super) enum Sabotage {
     InventsWhatIsLost,
     /// A fenced copy is deleted without a word from its borrower.
     DeletesUnasked,
+    /// The source is fenced although its guest plainly runs.
+    CutsOffTheGuest,
 }
 
 impl Sabotage {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::FenceLeavesTheHandle,
         Self::FenceDoesNotFlush,
         Self::OpensUnasked,
@@ -78,6 +80,7 @@ impl Sabotage {
         Self::ForgetsWhatIsNotCommitted,
         Self::InventsWhatIsLost,
         Self::DeletesUnasked,
+        Self::CutsOffTheGuest,
     ];
 
     /// What is done instead.
@@ -209,7 +212,7 @@ fn whatever_happens_the_last_acknowledged_write_is_read() {
 /// What the oracle says of lost and stale data, and of two writers; a copy that can
 /// never be whole has lost its source. A walk that trips over its own sabotage
 /// proves nothing.
-const NOTICED: [&str; 8] = [
+const NOTICED: [&str; 9] = [
     "was lost, and yet reads",
     "more is lost than was said",
     "no way to rest",
@@ -218,6 +221,7 @@ const NOTICED: [&str; 8] = [
     "another volume's past shows",
     "the only copy is gone",
     "two live instances of one metadata",
+    "a guest that was running was cut off",
 ];
 
 #[test]
