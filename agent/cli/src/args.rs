@@ -104,6 +104,9 @@ pub(crate) enum Command {
     /// The node itself
     #[command(subcommand)]
     Node(NodeCommand),
+    /// What hypervisors call when something happens to a guest
+    #[command(subcommand)]
+    Hook(HookCommand),
     /// Certificates for small installations
     #[command(subcommand)]
     Pki(PkiCommand),
@@ -264,6 +267,31 @@ pub(crate) enum HydrationCommand {
 pub(crate) enum NodeCommand {
     /// Show kernel, targets, pools, versions and warnings
     Show,
+}
+
+/// `hook …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum HookCommand {
+    /// As libvirt calls /etc/libvirt/hooks/qemu, with the domain's XML on standard
+    /// input
+    Libvirt(HookArguments),
+}
+
+/// What libvirt says: any word may be `-` for none, and later versions may say more.
+#[derive(Debug, Args)]
+pub(crate) struct HookArguments {
+    /// The guest's name
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) guest: String,
+    /// What happens, as `release`
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) operation: String,
+    /// Which part of it, as `end`
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) sub_operation: String,
+    /// More about it, as `migrated`
+    #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
+    pub(crate) extra: Vec<String>,
 }
 
 /// `pki …`

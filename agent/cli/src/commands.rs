@@ -12,12 +12,12 @@ use dmlocal_proto::v1::{
 
 use crate::{
     args::{
-        Cli, Command, Global, HydrationCommand, NodeCommand, Output, PkiCommand, PoolCommand,
-        VolumeCommand, Which, check_id,
+        Cli, Command, Global, HookCommand, HydrationCommand, NodeCommand, Output, PkiCommand,
+        PoolCommand, VolumeCommand, Which, check_id,
     },
     client::Agent,
     error::{Failure, reason},
-    moving, output, pki, watch,
+    hook, moving, output, pki, watch,
 };
 
 /// Runs one command to its end.
@@ -27,6 +27,14 @@ pub(crate) fn run(cli: &Cli) -> Result<(), Failure> {
         Command::Pki(command) => certificates(global, command),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => man(dir),
+        Command::Hook(HookCommand::Libvirt(arguments)) => {
+            let told = online(async {
+                hook::libvirt(global, arguments).await;
+                Ok(())
+            });
+            // No failure of ours may keep a hypervisor from its work.
+            told.or(Ok(()))
+        }
         Command::Status { id, watch } => online(status(global, id.as_deref(), *watch)),
         Command::Pool(PoolCommand::List) => online(pools(global)),
         Command::Node(NodeCommand::Show) => online(node(global)),

@@ -18,6 +18,7 @@ mod args;
 mod client;
 mod commands;
 mod error;
+mod hook;
 mod moving;
 mod output;
 mod pki;

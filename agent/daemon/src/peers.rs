@@ -11,6 +11,8 @@ use tonic::{
 };
 use tonic_types::StatusExt as _;
 
+use uuid::Uuid;
+
 use crate::config::Tls;
 
 /// Longest wait for a connection to a peer.
@@ -72,6 +74,9 @@ pub trait Peers: Send + Sync + 'static {
         claim: &Claim,
         force: bool,
     ) -> Result<u64, PeerError>;
+
+    /// Nobody uses the source any more: the destination need not wait for a write.
+    async fn hasten(&self, peer: &Peer, volume: VolumeId, grant: Uuid) -> Result<(), PeerError>;
 
     /// The copy there may go.
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError>;
@@ -188,6 +193,13 @@ impl Peers for TlsPeers {
         };
         let answer = self.moves(peer)?.fence(request).await;
         Ok(self.outcome(peer, answer)?.size_bytes)
+    }
+
+    async fn hasten(&self, peer: &Peer, volume: VolumeId, grant: Uuid) -> Result<(), PeerError> {
+        let request =
+            v1::HastenRequest { volume_id: volume.to_string(), grant_id: grant.to_string() };
+        let answer = self.moves(peer)?.hasten(request).await;
+        self.outcome(peer, answer).map(|_| ())
     }
 
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {

@@ -360,6 +360,58 @@ impl Service {
             .await
     }
 
+    /// A hypervisor says that a guest has been migrated away from here. Where that is
+    /// what a held move waits for, its destination is told; a handle that is open
+    /// says otherwise, and is believed.
+    ///
+    /// # Errors
+    /// There is no such volume, or the destination cannot be told; nothing is lost
+    /// by that, because the guest's first write there says the same.
+    pub async fn guest_left(&self, id: VolumeId) -> Result<(), ServiceError> {
+        let view = self.volumes.view(id).ok_or(Refusal::VolumeNotFound(id))?;
+        let to = match view.record.lent() {
+            Some(lent) if lent.hold && lent.stage == LentStage::Published => lent.to.clone(),
+            Some(_) | None => return Ok(()),
+        };
+        if self.volumes.handle(id).await?.is_some_and(|handle| handle.open_count > 0) {
+            return Ok(());
+        }
+        // Not under the volume's lock: the destination asks for the fence meanwhile.
+        self.volumes.peers.hasten(&Peer::from(&to), id, to.grant).await.map_err(Into::into)
+    }
+
+    /// The source says that nobody uses it any more: a held copy switches. One that
+    /// is anything else does not change.
+    ///
+    /// # Errors
+    /// No copy was received from the caller under that grant.
+    pub async fn hasten(
+        &self,
+        id: VolumeId,
+        grant: Uuid,
+        caller: Option<&str>,
+    ) -> Result<(), ServiceError> {
+        self.volumes
+            .with_newest(id, async |slot, work| {
+                let unknown = Refusal::GrantUnknown(grant);
+                let receiving = work.record.as_ref().and_then(Record::receiving);
+                let receiving = receiving.ok_or_else(|| unknown.clone())?;
+                let source = &receiving.source;
+                if source.grant != grant || caller.is_some_and(|caller| caller != source.node) {
+                    return Err(unknown.into());
+                }
+                if receiving.stage == ReceivingStage::Held && receiving.failure.is_none() {
+                    self.change(id, slot, work, Room::None, |known| {
+                        admit::switch(known.record(id)?, false)
+                    })
+                    .await?;
+                }
+                // What follows is this node's own business, and asks the caller.
+                Ok(())
+            })
+            .await
+    }
+
     /// Gives a move up.
     ///
     /// # Errors

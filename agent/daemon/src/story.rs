@@ -77,6 +77,10 @@ impl Peers for Direct {
         refused(peer, self.at(peer)?.fence(volume, claim, force, None).await)
     }
 
+    async fn hasten(&self, peer: &Peer, volume: VolumeId, grant: Uuid) -> Result<(), PeerError> {
+        refused(peer, self.at(peer)?.hasten(volume, grant, None).await)
+    }
+
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
         refused(peer, self.at(peer)?.release(volume, claim, None).await)
     }
@@ -1134,5 +1138,37 @@ fn a_source_is_fenced_on_somebodys_word_although_it_is_written() {
         b.switch(pair.id, true).await.unwrap();
         assert!(pair.view(1).unwrap().record.receiving().unwrap().stage.is_owner());
         assert_eq!(guest.stop(), 0, "two nodes write");
+    });
+}
+
+#[test]
+fn a_guest_that_is_said_to_have_left_hastens_the_switch_and_nothing_else() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        assert_eq!(one(a.guest_left(pair.id).await), "VOLUME_NOT_FOUND");
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        a.attach(pair.id, None).await.unwrap();
+        a.guest_left(pair.id).await.unwrap();
+        pair.begin_move(true).await.unwrap();
+        // Early, or a lie: somebody has the handle open.
+        let record = pair.view(0).unwrap().record;
+        locked(&world).set_users(0, &record, 1);
+        a.guest_left(pair.id).await.unwrap();
+        // At the destination nothing is concluded.
+        b.guest_left(pair.id).await.unwrap();
+        let grant = record.lent().unwrap().to.grant;
+        assert_eq!(one(b.hasten(pair.id, grant, Some("n2")).await), "GRANT_UNKNOWN");
+        assert_eq!(one(b.hasten(pair.id, Uuid::from_u128(5), Some("n0")).await), "GRANT_UNKNOWN");
+        let stage = || pair.view(1).unwrap().record.receiving().unwrap().stage;
+        assert_eq!(stage(), ReceivingStage::Held);
+        locked(&world).set_users(0, &record, 0);
+        a.guest_left(pair.id).await.unwrap();
+        a.guest_left(pair.id).await.unwrap();
+        pair.until(1, is_local).await;
+        pair.until(0, |view| view.is_none()).await;
+        assert_eq!(one(b.hasten(pair.id, grant, Some("n0")).await), "GRANT_UNKNOWN", "late");
     });
 }

@@ -399,6 +399,19 @@ impl Moves for Agent {
         }))
     }
 
+    async fn guest_left(
+        &self,
+        request: Request<GuestLeftRequest>,
+    ) -> Result<Response<GuestLeftResponse>, Status> {
+        let id = request.into_inner().id;
+        self.note(format!("GuestLeft {id}"));
+        self.known(&id).map(|_| Response::new(GuestLeftResponse {}))
+    }
+
+    async fn hasten(&self, _: Request<HastenRequest>) -> Result<Response<HastenResponse>, Status> {
+        Err(Status::unimplemented("not dmlocalctl's business"))
+    }
+
     async fn fence(&self, _: Request<FenceRequest>) -> Result<Response<FenceResponse>, Status> {
         Err(Status::unimplemented("not dmlocalctl's business"))
     }

@@ -151,6 +151,31 @@ impl v1::moves_server::Moves for Face {
         Ok(Response::new(convert::forgotten(&forgotten)))
     }
 
+    async fn guest_left(
+        &self,
+        request: Request<v1::GuestLeftRequest>,
+    ) -> Result<Response<v1::GuestLeftResponse>, Status> {
+        Caller::of(&request)?.must_be(&ROLES)?;
+        let id = convert::volume_id(&request.into_inner().id).map_err(status)?;
+        let service = Arc::clone(&self.service);
+        whole(async move { service.guest_left(id).await }).await?;
+        Ok(Response::new(v1::GuestLeftResponse {}))
+    }
+
+    async fn hasten(
+        &self,
+        request: Request<v1::HastenRequest>,
+    ) -> Result<Response<v1::HastenResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let node = caller.acting_for(&[])?;
+        let request = request.into_inner();
+        let id = convert::volume_id(&request.volume_id).map_err(status)?;
+        let grant = convert::uuid("grant_id", &request.grant_id).map_err(status)?;
+        let service = Arc::clone(&self.service);
+        whole(async move { service.hasten(id, grant, node.as_deref()).await }).await?;
+        Ok(Response::new(v1::HastenResponse {}))
+    }
+
     async fn fence(
         &self,
         request: Request<v1::FenceRequest>,

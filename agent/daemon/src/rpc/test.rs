@@ -64,6 +64,8 @@ const MATRIX: &[(&str, &[&str])] = &[
     ("Moves/ResumeHydration", &[DRIVER, OPERATOR]),
     ("Moves/TuneHydration", &[DRIVER, OPERATOR]),
     ("Moves/ForgetSource", &[OPERATOR]),
+    ("Moves/GuestLeft", &[DRIVER, OPERATOR]),
+    ("Moves/Hasten", &[AGENT]),
     ("Moves/Fence", &[AGENT]),
     ("Moves/Release", &[AGENT]),
     ("Moves/Revoke", &[DRIVER, AGENT, OPERATOR]),
