@@ -11,12 +11,14 @@
 //! cluster    nodes with names, from start to take-down
 //! install    dmlocal on a node
 //! content    what dmlocal-writer writes and checks inside a node
+//! boot       a boot disk for a guest inside a node
 //! ```
 //!
 //! A node starts in about two seconds, because it is a restored snapshot with
 //! disks laid over those of the snapshot. The bed refuses to be a test of
 //! anything but what runs on the nodes: it has no notion of volumes or moves.
 
+pub mod boot;
 pub mod cluster;
 pub mod content;
 mod debian;

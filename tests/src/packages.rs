@@ -12,11 +12,11 @@ pub const BUILDING: &[&str] = &["clang", "libclang-dev", "libdevmapper-dev", "pk
 
 /// What it takes, beyond that, to run nodes.
 pub const NODES: &[&str] = &[
+    "binutils",
     "debian-archive-keyring",
     "e2fsprogs",
     "iproute2",
     "mmdebstrap",
-    "nasm",
     "qemu-system-x86",
     "qemu-utils",
     "xz-utils",

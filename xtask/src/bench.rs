@@ -23,6 +23,9 @@ const WINDOWS: usize = 9;
 /// Seconds of writing during which a volume is collapsed.
 const COLLAPSE_S: u32 = 12;
 
+/// Seconds of writing during which the source is fenced and copying begins.
+const SWITCH_S: u32 = 8;
+
 /// Rounds of create, attach, detach, delete, and when memory is first read.
 const ROUNDS: u32 = 200;
 const EARLY_ROUNDS: u32 = 20;
@@ -95,6 +98,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     if wanted(&["collapse_max_over_p999"]) {
         rows.push(bench.collapse()?);
+    }
+    if wanted(&["switch_max_over_p999"]) {
+        rows.push(bench.switch()?);
     }
     if wanted(&["rss_growth_200_rounds"]) {
         rows.push(bench.rss_growth()?);
@@ -337,6 +343,49 @@ impl Bench<'_> {
         let detail = format!("runs of {COLLAPSE_S} s: {ratios:.2?}, of {samples:?} writes");
         Ok(Row {
             name: "collapse_max_over_p999",
+            value: median(&ratios),
+            bar: 5.0,
+            at_least: false,
+            detail,
+        })
+    }
+
+    /// The longest write of a run whose first write fences the source.
+    fn switch(&self) -> Result<Row> {
+        let mut ratios = Vec::new();
+        let mut longest_ms = Vec::new();
+        for _ in 0..WINDOWS {
+            let id = self.volume(self.a, 64)?;
+            let handle = format!("/dev/mapper/dmlocal-{id}");
+            // Copying goes on when the run ends: a collapse is another figure.
+            let order = format!(
+                "dmlocalctl volume move {id} --from https://node-a:7450 --to https://node-b:7450 \
+                 --hold && dmlocalctl hydration set {id} --rate 1MiB"
+            );
+            shell(self.b, &order)?;
+            // The guest writes at the source until it is stopped there.
+            let writes = "--rw=randwrite --bs=4k --iodepth=1 --ioengine=libaio --direct=1 \
+                          --time_based --percentile_list=50:99:99.9 --thread --name=guest";
+            fio(self.a, &format!("{writes} --runtime=1 --filename={handle}"))?;
+            let report =
+                fio(self.b, &format!("{writes} --runtime={SWITCH_S} --filename={handle}"))?;
+            let state = shell(self.b, &format!("dmlocalctl status {id} --output json"))?;
+            let state: Value = serde_json::from_str(&state).context("reading status")?;
+            ensure!(state[0]["state"] == "hydrating", "it arrived during the run: {state}");
+            let latency = &report["jobs"][0]["write"]["clat_ns"];
+            let longest = latency["max"].as_f64().context("fio's longest")?;
+            let usual = latency["percentile"]["99.900000"].as_f64().context("fio's p99.9")?;
+            ratios.push(longest / usual);
+            longest_ms.push(longest / 1e6);
+            shell(self.b, &format!("dmlocalctl hydration set {id} --rate 0"))?;
+            wait_until_local(self.b, &id)?;
+            let end = format!("dmlocalctl volume detach {id} && dmlocalctl volume delete {id}");
+            shell(self.b, &end)?;
+        }
+        self.say(&format!("switch: {ratios:.2?}"));
+        let detail = format!("runs of {SWITCH_S} s: {ratios:.2?}, longest in ms: {longest_ms:.0?}");
+        Ok(Row {
+            name: "switch_max_over_p999",
             value: median(&ratios),
             bar: 5.0,
             at_least: false,

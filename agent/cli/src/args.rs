@@ -107,6 +107,9 @@ pub(crate) enum Command {
     /// The node itself
     #[command(subcommand)]
     Node(NodeCommand),
+    /// What hypervisors call when something happens to a guest
+    #[command(subcommand)]
+    Hook(HookCommand),
     /// Certificates for small installations
     #[command(subcommand)]
     Pki(PkiCommand),
@@ -218,9 +221,26 @@ pub(crate) enum VolumeCommand {
     },
     /// The guest has moved: fence the source and start copying; ask the
     /// destination
-    Switch(Which),
+    Switch {
+        /// The volume
+        #[command(flatten)]
+        which: Which,
+        /// The guest has left the source, although it is still written there
+        #[arg(long)]
+        force: bool,
+    },
     /// Give a held move up; ask the destination
     Abort(Which),
+    /// Give up a source that is lost for ever, with what was only there; ask the
+    /// destination
+    ForgetSource {
+        /// The volume
+        #[command(flatten)]
+        which: Which,
+        /// What was only at the source is lost
+        #[arg(long, required = true)]
+        i_accept_data_loss: bool,
+    },
     /// Take a detached volume back to a snapshot
     Revert {
         /// The volume
@@ -285,6 +305,9 @@ pub(crate) enum HydrationCommand {
         /// Contiguous regions copied as one
         #[arg(long, value_name = "N", group = "settings")]
         batch: Option<u32>,
+        /// Copy before others with less, -100 to 100
+        #[arg(long, value_name = "N", group = "settings", allow_negative_numbers = true)]
+        priority: Option<i32>,
     },
 }
 
@@ -293,6 +316,31 @@ pub(crate) enum HydrationCommand {
 pub(crate) enum NodeCommand {
     /// Show kernel, targets, pools, versions and warnings
     Show,
+}
+
+/// `hook …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum HookCommand {
+    /// As libvirt calls /etc/libvirt/hooks/qemu, with the domain's XML on standard
+    /// input
+    Libvirt(HookArguments),
+}
+
+/// What libvirt says: any word may be `-` for none, and later versions may say more.
+#[derive(Debug, Args)]
+pub(crate) struct HookArguments {
+    /// The guest's name
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) guest: String,
+    /// What happens, as `release`
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) operation: String,
+    /// Which part of it, as `end`
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) sub_operation: String,
+    /// More about it, as `migrated`
+    #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
+    pub(crate) extra: Vec<String>,
 }
 
 /// `pki …`

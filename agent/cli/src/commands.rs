@@ -5,20 +5,20 @@ use std::{fs, path::Path};
 use clap::CommandFactory as _;
 use dmlocal_proto::v1::{
     AbortRequest, AttachVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest,
-    DetachVolumeRequest, ExtendVolumeRequest, GetVolumeRequest, ListPoolsRequest,
-    ListVolumesRequest, Origin, PauseHydrationRequest, ResumeHydrationRequest, RevertVolumeRequest,
-    SwitchRequest, TuneHydrationRequest, Volume,
+    DetachVolumeRequest, ExtendVolumeRequest, ForgetSourceRequest, GetVolumeRequest,
+    ListPoolsRequest, ListVolumesRequest, Origin, PauseHydrationRequest, ResumeHydrationRequest,
+    RevertVolumeRequest, SwitchRequest, TuneHydrationRequest, Volume,
 };
 
 use crate::{
     args::{
-        Cli, Command, Global, HydrationCommand, NodeCommand, Output, PkiCommand, PoolCommand,
-        VolumeCommand, Which, check_id,
+        Cli, Command, Global, HookCommand, HydrationCommand, NodeCommand, Output, PkiCommand,
+        PoolCommand, VolumeCommand, Which, check_id,
     },
     client::Agent,
     copying,
     error::{Failure, reason},
-    moving, output, pki, snapshots, watch,
+    hook, moving, output, pki, snapshots, watch,
 };
 
 /// Runs one command to its end.
@@ -28,6 +28,14 @@ pub(crate) fn run(cli: &Cli) -> Result<(), Failure> {
         Command::Pki(command) => certificates(global, command),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => man(dir),
+        Command::Hook(HookCommand::Libvirt(arguments)) => {
+            let told = online(async {
+                hook::libvirt(global, arguments).await;
+                Ok(())
+            });
+            // No failure of ours may keep a hypervisor from its work.
+            told.or(Ok(()))
+        }
         Command::Status { id, watch } => online(status(global, id.as_deref(), *watch)),
         Command::Pool(PoolCommand::List) => online(pools(global)),
         Command::Node(NodeCommand::Show) => online(node(global)),
@@ -187,10 +195,10 @@ async fn volume(global: &Global, command: &VolumeCommand) -> Result<(), Failure>
             let order = moving::Move { id, from, to, hold, wait, pool, source };
             moving::run(global, order).await
         }
-        VolumeCommand::Switch(Which { id, generation, incarnation }) => {
+        VolumeCommand::Switch { which: Which { id, generation, incarnation }, force } => {
             let (agent, id) = to_volume(global, id).await?;
             let (generation, incarnation) = (*generation, incarnation.clone());
-            let ask = SwitchRequest { id, generation, incarnation };
+            let ask = SwitchRequest { id, generation, incarnation, force: *force };
             let volume = agent.ask(agent.moves().switch(ask)).await?;
             print_volume(global, &volume, row)
         }
@@ -200,6 +208,22 @@ async fn volume(global: &Global, command: &VolumeCommand) -> Result<(), Failure>
             let ask = AbortRequest { id, generation, incarnation };
             agent.ask(agent.moves().abort(ask)).await?;
             print_done(global)
+        }
+        VolumeCommand::ForgetSource { which, i_accept_data_loss } => {
+            let Which { id, generation, incarnation } = which;
+            let (agent, id) = to_volume(global, id).await?;
+            let ask = ForgetSourceRequest {
+                id,
+                accept_data_loss: *i_accept_data_loss,
+                generation: *generation,
+                incarnation: incarnation.clone(),
+            };
+            let forgotten = agent.ask(agent.moves().forget_source(ask)).await?;
+            match global.output {
+                Output::Json => output::print_json(&forgotten)?,
+                Output::Table => output::print(&output::forgotten(&forgotten))?,
+            };
+            Ok(())
         }
     }
 }
@@ -220,13 +244,14 @@ async fn hydration(global: &Global, command: &HydrationCommand) -> Result<(), Fa
             let (agent, id) = to_volume(global, id).await?;
             agent.ask(agent.moves().resume_hydration(ResumeHydrationRequest { id })).await?
         }
-        HydrationCommand::Set { id, rate, threshold, batch } => {
+        HydrationCommand::Set { id, rate, threshold, batch, priority } => {
             let (agent, id) = to_volume(global, id).await?;
             let ask = TuneHydrationRequest {
                 id,
                 rate_bytes_per_s: *rate,
                 threshold: *threshold,
                 batch: *batch,
+                priority: *priority,
             };
             agent.ask(agent.moves().tune_hydration(ask)).await?
         }

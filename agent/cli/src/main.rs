@@ -21,6 +21,7 @@ mod client;
 mod commands;
 mod copying;
 mod error;
+mod hook;
 mod moving;
 mod output;
 mod pki;

@@ -199,7 +199,7 @@ fn progress(state: i32, hold: bool) -> Progress {
     use VolumeState::*;
     match VolumeState::try_from(state).unwrap_or(Unspecified) {
         Local => Progress::Arrived,
-        Failed => Progress::Failed,
+        Failed | Damaged => Progress::Failed,
         // Whoever waits for a held volume may find it switched already.
         Held | Hydrating | Collapsing | Stalled if hold => Progress::Arrived,
         Held | Hydrating | Collapsing | Stalled => Progress::UnderWay,
@@ -275,6 +275,7 @@ mod test {
             (Releasing, Progress::UnderWay, Progress::UnderWay),
             (Unspecified, Progress::UnderWay, Progress::UnderWay),
             (Failed, Progress::Failed, Progress::Failed),
+            (Damaged, Progress::Failed, Progress::Failed),
         ];
         for (state, whole, held) in table {
             assert_eq!(progress(state.into(), false), whole, "{state:?}");

@@ -4,7 +4,7 @@ use std::io::{self, Write as _};
 
 use dmlocal_proto::{
     snapshot_state_word, state_word,
-    v1::{Node, Origin, Pool, Snapshot, Volume},
+    v1::{ForgetSourceResponse, Node, Origin, Pool, Snapshot, Volume},
 };
 use serde::Serialize;
 
@@ -186,6 +186,7 @@ pub(crate) fn volume(volume: &Volume) -> String {
         ("grant", text(&volume.grant_id)),
         ("percent", known(volume.percent.map(share))),
         ("left", known(volume.bytes_left.map(size::show))),
+        ("lost", known(volume.bytes_lost.map(size::show))),
         ("rate", known(volume.rate_bytes_per_s.map(rate))),
         ("eta", known(volume.eta_s.map(duration))),
         ("region", known(volume.region_bytes.map(size::show))),
@@ -195,7 +196,19 @@ pub(crate) fn volume(volume: &Volume) -> String {
         ("hydration rate", known(hydration.map(|h| limit(h.rate_bytes_per_s)))),
         ("hydration threshold", setting(hydration.map(|h| h.threshold))),
         ("hydration batch", setting(hydration.map(|h| h.batch))),
+        ("hydration priority", known(hydration.map(|h| h.priority.to_string()))),
     ])
+}
+
+/// What was lost with a source that was given up.
+pub(crate) fn forgotten(forgotten: &ForgetSourceResponse) -> String {
+    match forgotten.regions_lost {
+        0 => "nothing is lost\n".to_owned(),
+        regions => {
+            let bytes = forgotten.bytes_lost;
+            format!("lost: {} ({bytes} bytes) in {regions} regions\n", size::show(bytes))
+        }
+    }
 }
 
 fn made_of(source: &Origin) -> Option<String> {
@@ -345,6 +358,7 @@ mod test {
                 rate_bytes_per_s: 0,
                 threshold: 1,
                 batch: 1,
+                priority: 0,
             }),
             ..Volume::default()
         }

@@ -32,6 +32,9 @@ pub struct Config {
     /// has arrived.
     #[serde(default = "default_max_chain")]
     pub max_chain: u32,
+    /// How copies that come here share the node.
+    #[serde(default)]
+    pub hydration: Hydration,
     /// Where space comes from.
     #[serde(default, rename = "pool")]
     pub pools: Vec<Pool>,
@@ -107,6 +110,25 @@ impl TryFrom<String> for Ports {
             Some((first, last)) if first > 0 && first <= last => Ok(Self { first, last }),
             _ => Err(format!("`{text}` is not a range of ports such as `4420-4519`")),
         }
+    }
+}
+
+/// How copies that come here share the node.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Hydration {
+    /// How many run at once, 1 to 1000; the others wait for their turn.
+    pub at_once: usize,
+    /// How many of them from one source, 1 to 1000.
+    pub per_source: usize,
+    /// Bytes per second of all together; 0 is no limit.
+    pub rate_bytes_per_s: u64,
+}
+
+impl Default for Hydration {
+    /// Few enough to leave a source's disks and network to its own guests.
+    fn default() -> Self {
+        Self { at_once: 4, per_source: 2, rate_bytes_per_s: 0 }
     }
 }
 
@@ -222,6 +244,14 @@ impl Config {
         if !(1..=16).contains(&self.max_chain) {
             return wrong("max_chain", "must be 1 to 16");
         }
+        for (field, count) in [
+            ("hydration.at_once", self.hydration.at_once),
+            ("hydration.per_source", self.hydration.per_source),
+        ] {
+            if !(1..=1000).contains(&count) {
+                return wrong(field, "must be 1 to 1000");
+            }
+        }
         let mut names = BTreeSet::new();
         for pool in &self.pools {
             if !is_lvm_name(&pool.name) || !names.insert(&pool.name) {
@@ -318,6 +348,10 @@ mod test {
             ("address = \"127.0.0.1\"", "address = \"0.0.0.0\"", "export.address"),
             ("volume_group = \"vg\"", "volume_group = \"--config\"", "pool.volume_group"),
             ("/dev/x", "x", "pool.devices"),
+            ("[[pool]]", "[hydration]\nat_once = 0\n[[pool]]", "hydration.at_once"),
+            ("[[pool]]", "[hydration]\nper_source = 1001\n[[pool]]", "hydration.per_source"),
+            ("[[pool]]", "[hydration]\nrate = 5\n[[pool]]", "rate"),
+            ("[[pool]]", "[hydration]\nrate_bytes_per_s = -1\n[[pool]]", "rate_bytes_per_s"),
             ("thin_pool = \"pool\"", "thin_pool = \"pool\"\noverprovisioning = 0.5", "overprov"),
         ] {
             let text = GOOD.replacen(from, to, 1);

@@ -1,6 +1,9 @@
 //! dmlocald: owns a node's device-mapper stacks, exports and journal.
 
+mod activity;
 mod config;
+mod describe;
+mod hydrations;
 mod kernel;
 mod peers;
 mod progress;
@@ -10,6 +13,7 @@ mod service;
 mod store;
 #[cfg(test)]
 mod story;
+mod when;
 
 use std::{cell::Cell, path::PathBuf, sync::Arc};
 

@@ -3,13 +3,15 @@
 use std::{collections::BTreeMap, sync::Mutex, time::Duration};
 
 use async_trait::async_trait;
-use dmlocal_model::{admit::Claim, name::VolumeId, volume::Borrower};
+use dmlocal_model::{admit::Claim, forget::GrantFate, name::VolumeId, volume::Borrower};
 use dmlocal_proto::v1;
 use tonic::{
     Code, Status,
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 use tonic_types::StatusExt as _;
+
+use uuid::Uuid;
 
 use crate::config::Tls;
 
@@ -63,8 +65,18 @@ pub trait Peers: Send + Sync + 'static {
     /// Opens a connection ahead of time; failure shows when it is used.
     async fn prepare(&self, peer: &Peer);
 
-    /// Nobody there writes any more; the answer is the volume's size in bytes.
-    async fn fence(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<u64, PeerError>;
+    /// Nobody there writes any more; the answer is the volume's size in bytes. `force`
+    /// says that the guest has left, whatever is seen there.
+    async fn fence(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+        force: bool,
+    ) -> Result<u64, PeerError>;
+
+    /// Nobody uses the source any more: the destination need not wait for a write.
+    async fn hasten(&self, peer: &Peer, volume: VolumeId, grant: Uuid) -> Result<(), PeerError>;
 
     /// The copy there may go.
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError>;
@@ -72,8 +84,13 @@ pub trait Peers: Send + Sync + 'static {
     /// The grant is given back unused.
     async fn revoke(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError>;
 
-    /// Whether the peer has taken the volume under the grant.
-    async fn query(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<bool, PeerError>;
+    /// What became of the grant at the peer.
+    async fn query(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+    ) -> Result<GrantFate, PeerError>;
 }
 
 /// Peers over gRPC with mutual TLS.
@@ -160,15 +177,29 @@ impl Peers for TlsPeers {
         }
     }
 
-    async fn fence(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<u64, PeerError> {
+    async fn fence(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+        force: bool,
+    ) -> Result<u64, PeerError> {
         let request = v1::FenceRequest {
             volume_id: volume.to_string(),
             grant_id: claim.grant.to_string(),
             incarnation: claim.incarnation.to_string(),
             generation: claim.generation.0,
+            force,
         };
         let answer = self.moves(peer)?.fence(request).await;
         Ok(self.outcome(peer, answer)?.size_bytes)
+    }
+
+    async fn hasten(&self, peer: &Peer, volume: VolumeId, grant: Uuid) -> Result<(), PeerError> {
+        let request =
+            v1::HastenRequest { volume_id: volume.to_string(), grant_id: grant.to_string() };
+        let answer = self.moves(peer)?.hasten(request).await;
+        self.outcome(peer, answer).map(|_| ())
     }
 
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
@@ -189,12 +220,18 @@ impl Peers for TlsPeers {
         self.outcome(peer, answer).map(|_| ())
     }
 
-    async fn query(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<bool, PeerError> {
+    async fn query(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+    ) -> Result<GrantFate, PeerError> {
         let request = v1::QueryGrantRequest {
             volume_id: volume.to_string(),
             grant_id: claim.grant.to_string(),
         };
         let answer = self.moves(peer)?.query_grant(request).await;
-        Ok(self.outcome(peer, answer)?.taken)
+        let v1::QueryGrantResponse { taken, released } = self.outcome(peer, answer)?;
+        Ok(GrantFate { taken, released })
     }
 }

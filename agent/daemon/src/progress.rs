@@ -8,7 +8,9 @@ use std::{
 };
 
 use dmlocal_model::{
+    forget,
     plan::Seen,
+    schedule::{Candidate, Place},
     table::CloneStatus,
     volume::{ReceivingStage, Record},
 };
@@ -29,7 +31,33 @@ pub struct Progress {
     pub announced: bool,
     budget: Option<Budget>,
     stalled_since: Option<SystemTime>,
-    resting: bool,
+    bytes_left: u64,
+    pause: Option<Pause>,
+}
+
+/// Why copying must not go on at this moment, although it could.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pause {
+    /// The pool is above its high-water mark.
+    Pool,
+    /// Its own byte rate is used up.
+    Rate,
+    /// The byte rate of the node is used up.
+    NodeRate,
+    /// Others come first.
+    Turn {
+        /// How many.
+        before: usize,
+    },
+}
+
+/// What a look at a copy means for the others of the node.
+#[derive(Debug, Default)]
+pub struct Share {
+    /// The copy, if it could run.
+    pub candidate: Option<Candidate>,
+    /// Bytes that it has copied since the last look.
+    pub copied: u64,
 }
 
 #[derive(Debug)]
@@ -40,8 +68,15 @@ struct Budget {
 }
 
 impl Progress {
-    /// Takes a look into account, and tells it whether copying must rest.
-    pub fn observe(&mut self, record: &Record, seen: &mut Seen, pool_is_high: bool, now: Instant) {
+    /// Takes a look into account, and tells it whether copying must rest for the
+    /// copy's own sake.
+    pub fn observe(
+        &mut self,
+        record: &Record,
+        seen: &mut Seen,
+        pool_is_high: bool,
+        now: Instant,
+    ) -> Share {
         seen.tuned = self.tuned;
         seen.cache_dropped = self.cache_dropped;
         seen.announced = self.announced;
@@ -52,17 +87,48 @@ impl Progress {
         else {
             let Self { tuned, cache_dropped, announced, .. } = *self;
             *self = Self { tuned, cache_dropped, announced, ..Self::default() };
-            return;
+            return Share::default();
         };
         let here = hydrated.saturating_mul(receiving.region.bytes());
+        let copied = self.samples.back().map_or(0, |(_, before)| here.saturating_sub(*before));
+        self.bytes_left = forget::Lost::of(receiving, *hydrated).bytes;
         self.samples.push_back((now, here));
         while self.samples.len() > 2 && self.samples[1].0 + WINDOW < now {
             self.samples.pop_front();
         }
-        seen.resting = pool_is_high || self.over_budget(record.tuning.rate, here, now);
-        self.resting = seen.resting;
-        let silent = hydrated < total && (!seen.import.live || seen.path_failed);
+        let over_budget = self.over_budget(record.tuning.rate, here, now);
+        self.pause = match (pool_is_high, over_budget) {
+            (true, _) => Some(Pause::Pool),
+            (false, true) => Some(Pause::Rate),
+            (false, false) => None,
+        };
+        seen.resting = self.pause.is_some();
+        let silent =
+            hydrated < total && !receiving.forgotten && (!seen.import.live || seen.path_failed);
         self.stalled_since = silent.then(|| self.stalled_since.unwrap_or_else(SystemTime::now));
+        let closed = record.lent().is_some_and(|lent| lent.stage.is_closed());
+        let could = hydrated < total
+            && forget::is_alive(seen)
+            && !receiving.forgotten
+            && receiving.failure.is_none()
+            && !(record.tuning.paused || closed || seen.resting);
+        let candidate = could.then(|| Candidate {
+            source: receiving.source.node.clone(),
+            priority: record.tuning.priority,
+            turn: receiving.turn,
+        });
+        Share { candidate, copied }
+    }
+
+    /// Tells a look the copy's place among those of the node, and whether the node's
+    /// byte rate is used up.
+    pub fn place(&mut self, seen: &mut Seen, place: Option<Place>, is_spent: bool) {
+        self.pause = match (self.pause, place) {
+            (None, Some(Place::Waits { before })) => Some(Pause::Turn { before }),
+            (None, Some(Place::Runs)) if is_spent => Some(Pause::NodeRate),
+            (pause, _) => pause,
+        };
+        seen.resting = self.pause.is_some();
     }
 
     fn over_budget(&mut self, rate: u64, here: u64, now: Instant) -> bool {
@@ -100,9 +166,14 @@ impl Progress {
         u64::try_from(copied * 1000 / elapsed).ok()
     }
 
-    /// Whether copying was told to rest at the last look.
-    pub const fn is_resting(&self) -> bool {
-        self.resting
+    /// Why copying was told not to go on at the last look.
+    pub const fn pause(&self) -> Option<Pause> {
+        self.pause
+    }
+
+    /// Bytes that were still only at the source at the last look.
+    pub const fn bytes_left(&self) -> u64 {
+        self.bytes_left
     }
 
     /// Since when the source has been silent.

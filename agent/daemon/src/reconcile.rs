@@ -21,11 +21,12 @@ use std::{
 };
 
 use dmlocal_model::{
-    admit::{Claim, Refusal},
+    admit::{Claim, Evidence, Refusal},
     name::{Generation, Role, VolumeId},
     plan::{self, Call, Device, Next, Seen, Step, Wait},
+    schedule,
     units::Sectors,
-    volume::{Event, Failure, Fate, Origin, ReceivingStage, Record, Tombstone},
+    volume::{Event, Failure, Fate, LentStage, Origin, ReceivingStage, Record, Tombstone},
 };
 use tokio::{
     sync::{Notify, broadcast, watch},
@@ -36,7 +37,10 @@ use tracing::{debug, info, warn};
 use uuid::Uuid;
 
 use crate::{
+    activity::{self, Activity, Verdict},
     config::Config,
+    describe::describe,
+    hydrations::Hydrations,
     kernel::{Kernel, PoolFacts, PoolUsage, StepError},
     peers::{Peer, PeerError, Peers},
     progress::Progress,
@@ -51,6 +55,9 @@ const HELD_POLL: Duration = Duration::from_millis(10);
 
 /// How often everything about a held volume is looked at.
 const HELD_LOOK: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 1000 });
+
+/// How often what waits for another node or for an operator is looked at.
+const WAITING_LOOK: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 5000 });
 
 /// How often a copy is looked at; a clone that fails must be noticed within a
 /// second.
@@ -186,6 +193,7 @@ pub struct Work {
     silent: bool,
     /// A request waits for this copy to be made of another, and holds that one's lock.
     asked: bool,
+    activity: Activity,
     attempt: Option<Attempt>,
 }
 
@@ -229,6 +237,7 @@ pub struct Volumes {
     slots: Mutex<BTreeMap<Copy, Arc<Slot>>>,
     changes: broadcast::Sender<VolumeId>,
     pools: Mutex<BTreeMap<String, PoolFacts>>,
+    hydrations: Hydrations,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -249,6 +258,7 @@ impl Volumes {
         let records = store.records()?;
         let (changes, _) = broadcast::channel(256);
         let volumes = Self {
+            hydrations: Hydrations::new(&config.hydration),
             config,
             store,
             kernel,
@@ -370,6 +380,7 @@ impl Volumes {
     /// Takes an empty slot out of the map; its task ends.
     fn leave(&self, slot: &Slot, work: &mut Work) {
         work.left = true;
+        self.hydrations.place(slot.copy(), None, 0, Instant::now());
         locked(&self.slots).remove(&slot.copy());
     }
 
@@ -475,13 +486,17 @@ impl Volumes {
     async fn tend(self: Arc<Self>, slot: Arc<Slot>) {
         let mut next_look = Instant::now();
         loop {
-            let rest = slot.work.lock().await.rest;
+            let (rest, is_offered) = {
+                let work = slot.work.lock().await;
+                (work.rest, work.record.as_ref().is_some_and(is_offered_with_hold))
+            };
             let pause = match rest {
                 Some(Rest::Settled) => None,
                 Some(Rest::Wait(Wait::Switch)) => Some(HELD_POLL),
-                Some(Rest::Wait(Wait::Hydration | Wait::Source)) => Some(COPY_LOOK),
+                Some(Rest::Wait(Wait::Hydration | Wait::Source | Wait::Lost)) => Some(COPY_LOOK),
                 Some(Rest::Wait(Wait::Pool)) => Some(RETRY * 2),
-                Some(Rest::Wait(Wait::Operator | Wait::Peer | Wait::Readers)) => Some(RETRY * 5),
+                Some(Rest::Wait(Wait::Peer)) if is_offered => Some(activity::LOOK),
+                Some(Rest::Wait(Wait::Operator | Wait::Peer | Wait::Readers)) => Some(WAITING_LOOK),
                 None => Some(RETRY),
                 Some(Rest::Gone) => return,
             };
@@ -513,13 +528,27 @@ impl Volumes {
                     continue;
                 }
             }
-            next_look = Instant::now() + HELD_LOOK;
+            if rest == Some(Rest::Wait(Wait::Peer))
+                && is_offered
+                && !nudged
+                && Instant::now() < next_look
+            {
+                if let Err(error) = self.look_for_writes(&mut work).await {
+                    debug!(volume = %slot.id, %error, "writes cannot be counted");
+                }
+                continue;
+            }
+            let pause = if is_offered { WAITING_LOOK } else { HELD_LOOK };
+            next_look = Instant::now() + pause;
             if rest == Some(Rest::Wait(Wait::Pool)) {
                 let (kernel, pool) = (Arc::clone(&self.kernel), record.pool.clone());
                 let activated = tokio::task::spawn_blocking(move || kernel.activate(Some(&pool)));
                 if let Ok(Err(error)) = activated.await {
                     debug!(volume = %slot.id, %error, "the pool is still away");
                 }
+            }
+            if is_offered && let Err(error) = self.look_for_writes(&mut work).await {
+                debug!(volume = %slot.id, %error, "writes cannot be counted");
             }
             let before = work.detail.clone();
             if let Err(error) = self.converge(&slot, &mut work).await
@@ -567,9 +596,8 @@ impl Volumes {
         match &outcome {
             Ok(rest) => {
                 work.rest = Some(*rest);
-                let resting = work.progress.is_resting();
-                work.detail =
-                    work.record.as_ref().map(|r| describe(r, *rest, resting)).unwrap_or_default();
+                let detail = work.record.as_ref().map(|r| describe(r, *rest, &work.progress));
+                work.detail = detail.unwrap_or_default();
             }
             Err(error) => {
                 work.rest = None;
@@ -658,7 +686,11 @@ impl Volumes {
         Err(ServiceError::Internal("acting changes nothing".into()))
     }
 
-    async fn look(&self, record: &Record, work: &mut Work) -> Result<Seen, ServiceError> {
+    /// Everything that is there for a copy.
+    ///
+    /// # Errors
+    /// Something cannot be asked.
+    pub async fn look(&self, record: &Record, work: &mut Work) -> Result<Seen, ServiceError> {
         let (kernel, owned) = (Arc::clone(&self.kernel), record.clone());
         let hydrating = record.receiving().is_some_and(|r| r.stage == ReceivingStage::Hydrating);
         let (seen, usage) = tokio::task::spawn_blocking(move || {
@@ -674,8 +706,52 @@ impl Volumes {
         seen.connecting = work.attempt.as_ref().is_some_and(Attempt::is_recent);
         seen.asked = work.asked;
         seen.read = record.taken().is_some() && self.reader(record.id).is_some();
-        work.progress.observe(record, &mut seen, is_high, Instant::now());
+        let now = Instant::now();
+        let share = work.progress.observe(record, &mut seen, is_high, now);
+        let copy = (record.id, record.generation);
+        let place = self.hydrations.place(copy, share.candidate, share.copied, now);
+        work.progress.place(&mut seen, place, self.hydrations.is_spent());
         Ok(seen)
+    }
+
+    /// Notes whether a source that is offered was written. Returns whether anybody can
+    /// write it at all.
+    async fn look_for_writes(&self, work: &mut Work) -> Result<bool, ServiceError> {
+        let record = work.record.clone().filter(is_offered_with_hold);
+        let written = match record {
+            None => None,
+            Some(record) => {
+                let kernel = Arc::clone(&self.kernel);
+                tokio::task::spawn_blocking(move || kernel.written(&record))
+                    .await?
+                    .map_err(|source| ServiceError::Step { step: "look".into(), source })?
+            }
+        };
+        match written {
+            Some(written) => work.activity.saw(written, Instant::now()),
+            None => work.activity = Activity::default(),
+        }
+        Ok(written.is_some())
+    }
+
+    /// What speaks for it that the guest has left this source; takes up to
+    /// 100 ms where it has only just written.
+    ///
+    /// # Errors
+    /// The kernel cannot be asked.
+    pub async fn evidence(&self, work: &mut Work) -> Result<Evidence, ServiceError> {
+        let mut open = self.look_for_writes(work).await?;
+        // What that look found may have been written before the question.
+        let asked = Instant::now();
+        while open {
+            match work.activity.verdict(asked, Instant::now()) {
+                Verdict::Quiet => break,
+                Verdict::Writing => return Ok(Evidence::Writing),
+                Verdict::Wait => sleep(activity::CLOSE_LOOK).await,
+            }
+            open = self.look_for_writes(work).await?;
+        }
+        Ok(Evidence::Quiet)
     }
 
     /// Begins a step that nobody waits for; the next look finds its outcome.
@@ -787,8 +863,16 @@ impl Volumes {
             });
         }
         info!(volume = %record.id, ?event, "journal");
-        let after =
+        let fenced = event == Event::SourceFenced;
+        let mut after =
             record.after(event).map_err(|error| ServiceError::Internal(error.to_string()))?;
+        if fenced {
+            let turns = self
+                .views()
+                .into_iter()
+                .filter_map(|view| view.record.receiving().map(|receiving| receiving.turn));
+            after.set_turn(schedule::next_turn(turns));
+        }
         self.put(slot, work, after, stones).await
     }
 
@@ -838,7 +922,7 @@ impl Volumes {
         match (call, record.receiving(), &record.lent_before) {
             (Call::Fence, Some(receiving), _) => {
                 let (peer, claim) = source_of(record, receiving);
-                match self.peers.fence(&peer, record.id, &claim).await {
+                match self.peers.fence(&peer, record.id, &claim, receiving.forced).await {
                     Ok(size) if size == receiving.length.bytes() => Ok(Event::SourceFenced),
                     // It grew while it was held: nothing is kept here yet.
                     Ok(size) if size > receiving.length.bytes() && receiving.source.hold => {
@@ -866,7 +950,7 @@ impl Volumes {
                     incarnation: record.incarnation,
                     generation: record.generation,
                 };
-                match self.peers.query(&Peer::from(borrower), record.id, &claim).await? {
+                match self.peers.query(&Peer::from(borrower), record.id, &claim).await?.taken {
                     false => Ok(Event::Confirmed(boot)),
                     true => {
                         Err(Refusal::VolumeFenced { id: record.id, node: borrower.node.clone() }
@@ -966,6 +1050,11 @@ impl View {
     }
 }
 
+/// Whether a volume may be written here until its borrower asks for the fence.
+fn is_offered_with_hold(record: &Record) -> bool {
+    record.lent().is_some_and(|lent| lent.hold && lent.stage == LentStage::Published)
+}
+
 fn source_of(record: &Record, receiving: &dmlocal_model::volume::Receiving) -> (Peer, Claim) {
     let source = &receiving.source;
     let peer = Peer { node: source.node.clone(), endpoint: source.endpoint.clone() };
@@ -998,30 +1087,4 @@ const fn is_armed_load(step: &Step) -> bool {
 fn name_of(step: &Step) -> String {
     let text = format!("{step:?}");
     text.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default().to_owned()
-}
-
-fn describe(record: &Record, rest: Rest, resting: bool) -> String {
-    if let Some(failure) = record.receiving().and_then(|receiving| receiving.failure.as_ref()) {
-        return failure.why.clone();
-    }
-    if record.receiving().is_some_and(|receiving| receiving.rebuild.is_some()) {
-        return "the source has grown: this copy follows".to_owned();
-    }
-    if record.receiving().is_some_and(|receiving| receiving.stage == ReceivingStage::Refused) {
-        return "the source has withdrawn its grant: only an abort is left".to_owned();
-    }
-    match rest {
-        Rest::Wait(Wait::Pool) => "the pool's logical volumes are not active".to_owned(),
-        Rest::Wait(Wait::Source) => {
-            let node = record.receiving().map_or("", |receiving| receiving.source.node.as_str());
-            format!("source {node} does not answer")
-        }
-        Rest::Wait(Wait::Readers) => "goes as soon as nothing reads it any more".to_owned(),
-        Rest::Wait(Wait::Operator) => "a device is not as the journal says".to_owned(),
-        Rest::Wait(Wait::Hydration) if record.tuning.paused => "paused".to_owned(),
-        Rest::Wait(Wait::Hydration) if resting => {
-            "copying rests: its byte rate is used up, or the pool is nearly full".to_owned()
-        }
-        Rest::Settled | Rest::Gone | Rest::Wait(_) => String::new(),
-    }
 }

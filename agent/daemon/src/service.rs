@@ -1,5 +1,6 @@
 //! Requests: admit, journal, converge, and undo what a failed one had begun.
 
+mod forget;
 mod snapshots;
 
 use std::{
@@ -11,7 +12,9 @@ use std::{
 };
 
 use dmlocal_model::{
-    admit::{self, Admitted, Change, Claim, GrantRequest, Offer, PoolRoom, Refusal, Which},
+    admit::{
+        self, Admitted, Change, Claim, Evidence, GrantRequest, Offer, PoolRoom, Refusal, Which,
+    },
     hydration,
     name::{DmName, Generation, NQN_PREFIX, Role, VolumeId},
     plan::{self, Device, Wait},
@@ -21,6 +24,7 @@ use dmlocal_model::{
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
+pub use self::forget::{Forgotten, lost};
 use crate::{
     kernel::{PoolFacts, StepError},
     peers::Peer,
@@ -125,31 +129,50 @@ impl Service {
             .await
     }
 
-    /// Deletes a volume; one that is not there is deleted already.
+    /// Deletes a volume; one that is not there is deleted already. A fenced copy goes
+    /// when its borrower says that it reads it no more.
     ///
     /// # Errors
     /// See [`admit::delete`].
     pub async fn delete(&self, which: impl Into<Which>) -> Result<(), ServiceError> {
         let which = which.into();
-        self.volumes
-            .with_newest(which.id, async |slot, work| {
-                if let Err(Refusal::VolumeNotFound(_)) = which.of(work.record.as_ref()) {
-                    return Ok(());
-                }
-                self.change(which.id, slot, work, Room::None, |known| {
-                    admit::delete(which.of(known.record)?, known.handle.as_ref())
-                })
-                .await?;
-                let outcome = self.volumes.converge(slot, work).await;
-                let here =
-                    |r: &Record| r.receiving().is_none_or(|r| r.stage != ReceivingStage::Discarded);
-                match outcome {
-                    // Nothing is left here; the source hears of it when it can.
-                    Err(ServiceError::Peer(_)) if !work.record.as_ref().is_some_and(here) => Ok(()),
-                    outcome => outcome.map(|_| ()),
-                }
-            })
-            .await
+        // A forgotten copy may stand beside a newer one.
+        let copies = self.volumes.copies(which.id);
+        let named = copies
+            .iter()
+            .map(|view| view.record.generation)
+            .find(|generation| which.generation == Some(*generation));
+        let delete = async |slot: &Slot, work: &mut Work| self.deleting(which, slot, work).await;
+        match named {
+            Some(generation) => self.volumes.with((which.id, generation), delete).await,
+            None => self.volumes.with_newest(which.id, delete).await,
+        }
+    }
+
+    async fn deleting(
+        &self,
+        which: Which,
+        slot: &Slot,
+        work: &mut Work,
+    ) -> Result<(), ServiceError> {
+        if let Err(Refusal::VolumeNotFound(_)) = which.of(work.record.as_ref()) {
+            return Ok(());
+        }
+        which.of(work.record.as_ref())?;
+        if self.delete_fenced(slot, work).await? {
+            return self.volumes.converge(slot, work).await.map(|_| ());
+        }
+        self.change(which.id, slot, work, Room::None, |known| {
+            admit::delete(which.of(known.record)?, known.handle.as_ref())
+        })
+        .await?;
+        let outcome = self.volumes.converge(slot, work).await;
+        let here = |r: &Record| r.receiving().is_none_or(|r| r.stage != ReceivingStage::Discarded);
+        match outcome {
+            // Nothing is left here; the source hears of it when it can.
+            Err(ServiceError::Peer(_)) if !work.record.as_ref().is_some_and(here) => Ok(()),
+            outcome => outcome.map(|_| ()),
+        }
     }
 
     /// Grows a volume.
@@ -317,22 +340,75 @@ impl Service {
             .await
     }
 
-    /// The guest has moved here: fence the source, then hydrate.
+    /// The guest has moved here: fence the source, then hydrate. `force` says so
+    /// whatever the source sees.
     ///
     /// # Errors
-    /// See [`admit::switch`]; when the source does not answer, the switch goes
-    /// on by itself as soon as it does.
-    pub async fn switch(&self, which: impl Into<Which>) -> Result<View, ServiceError> {
+    /// See [`admit::switch`]; when the source does not answer, or is still being
+    /// written, the switch goes on by itself as soon as it can.
+    pub async fn switch(&self, which: impl Into<Which>, force: bool) -> Result<View, ServiceError> {
         let which = which.into();
         let id = which.id;
         self.volumes
             .with_newest(id, async |slot, work| {
                 self.change(id, slot, work, Room::None, |known| {
-                    admit::switch(which.of(known.record)?)
+                    admit::switch(which.of(known.record)?, force)
                 })
                 .await?;
                 self.volumes.converge(slot, work).await?;
                 self.shown(id)
+            })
+            .await
+    }
+
+    /// A hypervisor says that a guest has been migrated away from here. Where that is
+    /// what a held move waits for, its destination is told; a handle that is open
+    /// says otherwise, and is believed.
+    ///
+    /// # Errors
+    /// There is no such volume, or the destination cannot be told; nothing is lost
+    /// by that, because the guest's first write there says the same.
+    pub async fn guest_left(&self, id: VolumeId) -> Result<(), ServiceError> {
+        let view = self.volumes.view(id).ok_or(Refusal::VolumeNotFound(id))?;
+        let to = match view.record.lent() {
+            Some(lent) if lent.hold && lent.stage == LentStage::Published => lent.to.clone(),
+            Some(_) | None => return Ok(()),
+        };
+        if self.volumes.handle(id).await?.is_some_and(|handle| handle.open_count > 0) {
+            return Ok(());
+        }
+        // Not under the volume's lock: the destination asks for the fence meanwhile.
+        self.volumes.peers.hasten(&Peer::from(&to), id, to.grant).await.map_err(Into::into)
+    }
+
+    /// The source says that nobody uses it any more: a held copy switches. One that
+    /// is anything else does not change.
+    ///
+    /// # Errors
+    /// No copy was received from the caller under that grant.
+    pub async fn hasten(
+        &self,
+        id: VolumeId,
+        grant: Uuid,
+        caller: Option<&str>,
+    ) -> Result<(), ServiceError> {
+        self.volumes
+            .with_newest(id, async |slot, work| {
+                let unknown = Refusal::GrantUnknown(grant);
+                let receiving = work.record.as_ref().and_then(Record::receiving);
+                let receiving = receiving.ok_or_else(|| unknown.clone())?;
+                let source = &receiving.source;
+                if source.grant != grant || caller.is_some_and(|caller| caller != source.node) {
+                    return Err(unknown.into());
+                }
+                if receiving.stage == ReceivingStage::Held && receiving.failure.is_none() {
+                    self.change(id, slot, work, Room::None, |known| {
+                        admit::switch(known.record(id)?, false)
+                    })
+                    .await?;
+                }
+                // What follows is this node's own business, and asks the caller.
+                Ok(())
             })
             .await
     }
@@ -387,14 +463,19 @@ impl Service {
         &self,
         id: VolumeId,
         claim: &Claim,
+        force: bool,
         caller: Option<&str>,
     ) -> Result<u64, ServiceError> {
         self.volumes
             .with(self.lent_under(id, claim.grant, claim.generation), async |slot, work| {
+                let evidence = match force {
+                    true => Evidence::Word,
+                    false => self.volumes.evidence(work).await?,
+                };
                 self.change(id, slot, work, Room::None, |known| {
                     let record = known.record.ok_or(Refusal::GrantUnknown(claim.grant))?;
                     borrowed_by(record, claim.grant, caller)?;
-                    admit::fence(record, claim)
+                    admit::fence(record, claim, evidence)
                 })
                 .await?;
                 self.arrived(slot, work).await?;
@@ -469,18 +550,6 @@ impl Service {
         let mut copies = self.volumes.copies(id).into_iter().map(|view| view.record);
         let lent = copies.find(|r| r.lent().is_some_and(|lent| lent.to.grant == grant));
         (id, lent.map_or(believed, |record| record.generation))
-    }
-
-    /// Whether this node has taken the volume under the grant.
-    ///
-    /// # Errors
-    /// The journal cannot be read.
-    pub fn has_taken(&self, id: VolumeId, grant: Uuid) -> Result<bool, ServiceError> {
-        use dmlocal_model::volume::Fate;
-        let copies = self.volumes.copies(id);
-        let here = copies.iter().any(|view| view.record.has_taken(grant));
-        let stone = self.volumes.tombstone(grant)?;
-        Ok(here || stone.is_some_and(|stone| stone.fate == Fate::Taken))
     }
 
     /// Room in a pool as it stands; `fresh` asks LVM whatever is known already.

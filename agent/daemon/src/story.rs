@@ -11,10 +11,13 @@ use std::{
 
 use async_trait::async_trait;
 use dmlocal_model::{
-    admit::{Claim, Offer, Refusal, Which},
-    name::VolumeId,
+    admit::{Change, Claim, Offer, Refusal, Which},
+    forget::GrantFate,
+    name::{Generation, VolumeId},
+    plan::Seen,
     sim::{Io, REGION_BYTES, REGIONS, VOLUME_BYTES, World},
-    volume::{Borrower, Phase, ReceivingStage, Source},
+    table::CloneStatus,
+    volume::{Borrower, LentStage, Phase, ReceivingStage, Source},
 };
 use tokio::{sync::Notify, time::timeout};
 use uuid::Uuid;
@@ -31,15 +34,19 @@ use crate::{
 /// Longer than anything takes here; what waits longer waits for ever.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Calls go straight to the other agent.
-#[derive(Default)]
+/// Calls go straight to the other agent, as long as there is a network.
 struct Direct {
+    world: Arc<Mutex<World>>,
     services: OnceLock<Vec<Arc<Service>>>,
 }
 
 impl Direct {
-    fn at(&self, peer: &Peer) -> &Service {
-        &self.services.get().unwrap()[number(&peer.node)]
+    fn at(&self, peer: &Peer) -> Result<&Service, PeerError> {
+        if !locked(&self.world).network {
+            let why = "the network is away".to_owned();
+            return Err(PeerError::Unreachable { node: peer.node.clone(), why });
+        }
+        Ok(&self.services.get().unwrap()[number(&peer.node)])
     }
 }
 
@@ -62,20 +69,35 @@ fn number(name: &str) -> usize {
 impl Peers for Direct {
     async fn prepare(&self, _: &Peer) {}
 
-    async fn fence(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<u64, PeerError> {
-        refused(peer, self.at(peer).fence(volume, claim, None).await)
+    async fn fence(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+        force: bool,
+    ) -> Result<u64, PeerError> {
+        refused(peer, self.at(peer)?.fence(volume, claim, force, None).await)
+    }
+
+    async fn hasten(&self, peer: &Peer, volume: VolumeId, grant: Uuid) -> Result<(), PeerError> {
+        refused(peer, self.at(peer)?.hasten(volume, grant, None).await)
     }
 
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
-        refused(peer, self.at(peer).release(volume, claim, None).await)
+        refused(peer, self.at(peer)?.release(volume, claim, None).await)
     }
 
     async fn revoke(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
-        refused(peer, self.at(peer).revoke(volume, claim.grant, None).await)
+        refused(peer, self.at(peer)?.revoke(volume, claim.grant, None).await)
     }
 
-    async fn query(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<bool, PeerError> {
-        refused(peer, self.at(peer).has_taken(volume, claim.grant))
+    async fn query(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+    ) -> Result<GrantFate, PeerError> {
+        refused(peer, self.at(peer)?.grant_fate(volume, claim.grant))
     }
 }
 
@@ -92,6 +114,8 @@ fn config(node: usize, max_chain: u32) -> Config {
         r#"
         node = "n{node}"
         max_chain = {max_chain}
+        [hydration]
+        at_once = 1
         [export]
         address = "127.0.0.1"
         ports = "4420-4421"
@@ -117,7 +141,7 @@ impl Pair {
         change: impl Fn(&mut FakeKernel),
     ) -> Self {
         let died = Arc::new(Notify::new());
-        let peers = Arc::new(Direct::default());
+        let peers = Arc::new(Direct { world: Arc::clone(&world), services: OnceLock::new() });
         let mut services = Vec::new();
         let nodes = locked(&world).nodes.len();
         for node in 0..nodes {
@@ -177,6 +201,17 @@ impl Pair {
             self.services[from].revoke(self.id, grant, None).await?;
         }
         received
+    }
+
+    /// Waits, without copying anything, until a node says this of the volume.
+    async fn until_said(&self, node: usize, is_said: impl Fn(&str) -> bool) {
+        let said = || self.view(node).map(|view| view.detail).unwrap_or_default();
+        let waited = timeout(PATIENCE, async {
+            while !is_said(&said()) {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        });
+        waited.await.unwrap_or_else(|_| panic!("node {node} says `{}`", said()));
     }
 
     /// Waits until a node has no other copy but the newest.
@@ -253,7 +288,7 @@ async fn story(pair: &Pair, written: &Mutex<u64>) -> Result<(), ServiceError> {
     *written.lock().unwrap() = 1;
     pair.begin_move(true).await?;
     assert_eq!(pair.read(1, 0), Io::Done(100));
-    b.switch(pair.id).await?;
+    b.switch(pair.id, false).await?;
     assert_eq!(pair.write(1, 2, 200), Io::Done(()));
     *written.lock().unwrap() = 2;
     assert_eq!(pair.write(0, 2, 300), Io::Failed, "the source is fenced");
@@ -358,9 +393,10 @@ fn the_story_ends_well_whatever_fails() {
     }
 }
 
-fn one<T: std::fmt::Debug>(outcome: Result<T, ServiceError>) -> &'static str {
+fn one<T: std::fmt::Debug>(outcome: Result<T, ServiceError>) -> String {
     match outcome.unwrap_err() {
-        ServiceError::Refused(refusal) => refusal.reason(),
+        ServiceError::Refused(refusal) => refusal.reason().to_owned(),
+        ServiceError::Peer(PeerError::Refused { reason, .. }) => reason,
         error => panic!("{error} is not a refusal"),
     }
 }
@@ -390,7 +426,7 @@ fn bad_requests_are_refused_with_a_reason_and_change_nothing() {
         a.create(id, VOLUME_BYTES, "").await.unwrap();
         assert_eq!(one(a.create(id, 2 * VOLUME_BYTES, "").await), "VOLUME_EXISTS");
         assert_eq!(one(a.extend(id, 512).await), "SIZE_SMALLER");
-        assert_eq!(one(a.switch(id).await), "VOLUME_NOT_HELD");
+        assert_eq!(one(a.switch(id, false).await), "VOLUME_NOT_HELD");
         assert_eq!(one(a.abort(id).await), "VOLUME_NOT_HELD");
         assert_eq!(
             one(a.tune(id, dmlocal_model::admit::Change::default()).await),
@@ -428,14 +464,14 @@ fn bad_requests_are_refused_with_a_reason_and_change_nothing() {
             generation: dmlocal_model::name::Generation(1),
         };
         let stranger = Claim { grant: Uuid::from_u128(99), ..claim.clone() };
-        assert_eq!(one(a.fence(id, &stranger, Some("n1")).await), "GRANT_UNKNOWN");
-        assert_eq!(one(a.fence(id, &claim, Some("n2")).await), "GRANT_UNKNOWN");
+        assert_eq!(one(a.fence(id, &stranger, false, Some("n1")).await), "GRANT_UNKNOWN");
+        assert_eq!(one(a.fence(id, &claim, false, Some("n2")).await), "GRANT_UNKNOWN");
         assert_eq!(one(a.release(id, &claim, Some("n1")).await), "GRANT_UNKNOWN");
         let stale = Claim { generation: dmlocal_model::name::Generation(2), ..claim.clone() };
-        assert_eq!(one(a.fence(id, &stale, Some("n1")).await), "GENERATION_STALE");
+        assert_eq!(one(a.fence(id, &stale, false, Some("n1")).await), "GENERATION_STALE");
         assert_eq!(pair.write(0, 0, 5), Io::Done(()), "the source is still open");
 
-        b.switch(id).await.unwrap();
+        b.switch(id, false).await.unwrap();
         assert_eq!(one(b.abort(id).await), "GRANT_FENCED");
         assert_eq!(one(a.abort(id).await), "GRANT_FENCED");
         assert_eq!(one(a.attach(id, None).await), "VOLUME_FENCED");
@@ -443,7 +479,7 @@ fn bad_requests_are_refused_with_a_reason_and_change_nothing() {
         pair.until(0, |view| view.is_none()).await;
         // A delayed repetition of what is over does nothing and does not complain.
         a.release(id, &claim, Some("n1")).await.unwrap();
-        assert_eq!(one(a.fence(id, &claim, Some("n1")).await), "GRANT_UNKNOWN");
+        assert_eq!(one(a.fence(id, &claim, false, Some("n1")).await), "GRANT_UNKNOWN");
         assert_eq!(pair.read(1, 0), Io::Done(5));
         b.detach(id).await.unwrap();
         b.delete(id).await.unwrap();
@@ -478,7 +514,7 @@ fn an_old_user_of_the_handle_keeps_a_new_copy_away() {
         locked(&pair.world).set_users(0, &attached.record, 1);
         assert_eq!(one(a.detach(pair.id).await), "HANDLE_IN_USE");
         pair.begin_move(true).await.unwrap();
-        b.switch(pair.id).await.unwrap();
+        b.switch(pair.id, false).await.unwrap();
         pair.until(0, |view| view.is_none()).await;
         assert_eq!(one(a.create(pair.id, VOLUME_BYTES, "").await), "HANDLE_IN_USE");
         locked(&pair.world).set_users(0, &attached.record, 0);
@@ -562,7 +598,7 @@ fn a_clone_whose_metadata_is_lost_fails_and_is_never_begun_anew() {
         pair.services[0].create(pair.id, VOLUME_BYTES, "").await.unwrap();
         pair.services[0].attach(pair.id, None).await.unwrap();
         pair.begin_move(true).await.unwrap();
-        pair.services[1].switch(pair.id).await.unwrap();
+        pair.services[1].switch(pair.id, false).await.unwrap();
         assert_eq!(pair.write(1, 0, 7), Io::Done(()));
     });
     locked(&world).power_cut(1);
@@ -591,19 +627,19 @@ async fn chain(pair: &Pair, written: &Mutex<u64>) -> Result<(), ServiceError> {
     }
     *written.lock().unwrap() = 1;
     pair.move_between(0, 1, 7, true).await?;
-    b.switch(pair.id).await?;
+    b.switch(pair.id, false).await?;
     assert_eq!(pair.write(1, 2, 200), Io::Done(()));
     *written.lock().unwrap() = 2;
     pair.move_between(1, 2, 8, true).await?;
     assert_eq!(pair.read(2, 2), Io::Done(200), "through two nodes");
-    c.switch(pair.id).await?;
+    c.switch(pair.id, false).await?;
     assert_eq!(pair.write(2, 3, 300), Io::Done(()));
     *written.lock().unwrap() = 3;
     assert_eq!(pair.write(1, 3, 301), Io::Failed, "the middle is fenced");
     // The handle at A is still there: nothing may come back below it.
     a.detach(pair.id).await?;
     pair.move_between(2, 0, 9, true).await?;
-    a.switch(pair.id).await?;
+    a.switch(pair.id, false).await?;
     assert_eq!(pair.read(0, 0), Io::Done(100), "round all three");
     assert_eq!(pair.write(0, 0, 400), Io::Done(()));
     *written.lock().unwrap() = 4;
@@ -747,7 +783,7 @@ fn a_volume_grows_while_it_is_copied_and_takes_that_along() {
         assert_eq!(pair.write(0, 0, 10), Io::Done(()));
         pair.begin_move(true).await.unwrap();
         assert_eq!(one(b.extend(pair.id, VOLUME_BYTES).await), "VOLUME_MOVING", "it is held");
-        b.switch(pair.id).await.unwrap();
+        b.switch(pair.id, false).await.unwrap();
         assert_eq!(pair.write(1, 3, 1), Io::Failed, "behind the end");
         b.extend(pair.id, half + REGION_BYTES).await.unwrap();
         b.extend(pair.id, VOLUME_BYTES).await.unwrap();
@@ -756,11 +792,191 @@ fn a_volume_grows_while_it_is_copied_and_takes_that_along() {
         assert_eq!(pair.write(1, 3, 13), Io::Done(()));
         pair.move_between(1, 2, 8, true).await.unwrap();
         assert_eq!((pair.read(2, 0), pair.read(2, 3)), (Io::Done(10), Io::Done(13)));
-        c.switch(pair.id).await.unwrap();
+        c.switch(pair.id, false).await.unwrap();
         pair.until(2, is_local).await;
         pair.until(1, |view| view.is_none()).await;
         assert_eq!((pair.read(2, 0), pair.read(2, 3)), (Io::Done(10), Io::Done(13)));
         assert_eq!(pair.view(2).unwrap().record.size.bytes(), VOLUME_BYTES);
+    });
+}
+
+#[test]
+fn copies_wait_for_their_turn_and_say_so() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let first = Pair::open(Arc::clone(&world), directory.path()).await;
+        let second = Pair {
+            world: Arc::clone(&world),
+            died: Arc::clone(&first.died),
+            services: first.services.clone(),
+            id: "22222222-2222-4333-8444-555555555555".parse().unwrap(),
+        };
+        let [a, b] = &first.services[..] else { panic!("two agents") };
+        for (pair, grant) in [(&first, 7), (&second, 8)] {
+            a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+            a.attach(pair.id, None).await.unwrap();
+            pair.move_between(0, 1, grant, true).await.unwrap();
+            b.switch(pair.id, false).await.unwrap();
+        }
+        let waits = |said: &str| said == "copying waits: 1 other is before it";
+        let runs = |said: &str| said.is_empty();
+        first.until_said(1, runs).await;
+        second.until_said(1, waits).await;
+        assert_eq!(second.write(1, 0, 5), Io::Done(()), "it is usable all the same");
+
+        let change = |priority| Change { priority: Some(priority), ..Change::default() };
+        assert_eq!(one(b.tune(second.id, change(101)).await), "SETTING_OUT_OF_RANGE");
+        b.tune(second.id, change(100)).await.unwrap();
+        first.until_said(1, waits).await;
+        second.until_said(1, runs).await;
+        let pause = Change { paused: Some(true), ..Change::default() };
+        b.tune(second.id, pause).await.unwrap();
+        first.until_said(1, runs).await;
+        second.until_said(1, |said| said == "paused").await;
+        first.until(1, is_local).await;
+        let resume = Change { paused: Some(false), ..Change::default() };
+        b.tune(second.id, resume).await.unwrap();
+        second.until(1, is_local).await;
+        assert_eq!(second.read(1, 0), Io::Done(5));
+    });
+}
+
+#[test]
+fn a_copy_without_its_source_says_since_when_and_how_much_is_there() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let pair = Pair::open(Arc::new(Mutex::new(World::new(2))), directory.path()).await;
+        half_way(&pair).await;
+        locked(&pair.world).network = false;
+        let end = format!("Z, {} bytes still there", VOLUME_BYTES - REGION_BYTES);
+        let begin = "stalled: source n0 unreachable since 20";
+        pair.until_said(1, |said| said.starts_with(begin) && said.ends_with(&end)).await;
+        assert!(pair.view(1).unwrap().seen.is_some_and(|seen| !is_copying(&seen)));
+        locked(&pair.world).network = true;
+        pair.until_said(1, str::is_empty).await;
+        pair.until(1, is_local).await;
+    });
+}
+
+fn is_copying(seen: &Seen) -> bool {
+    matches!(seen.clone_status, Some(CloneStatus::Working { enabled: true, .. }))
+}
+
+/// A volume that is copied as far as its second region, which its consumer wrote.
+async fn half_way(pair: &Pair) {
+    let [a, b, ..] = &pair.services[..] else { panic!("two agents") };
+    a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+    a.attach(pair.id, None).await.unwrap();
+    assert_eq!(pair.write(0, 0, 10), Io::Done(()));
+    assert_eq!(one(a.forget_source(pair.id).await), "VOLUME_NOT_HYDRATING");
+    pair.begin_move(true).await.unwrap();
+    assert_eq!(one(b.forget_source(pair.id).await), "SOURCE_NOT_FENCED", "it is held");
+    b.switch(pair.id, false).await.unwrap();
+    assert_eq!(pair.write(1, 1, 11), Io::Done(()));
+}
+
+#[test]
+fn a_source_that_is_given_up_takes_what_only_it_had_along_and_nothing_else() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(3)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        half_way(&pair).await;
+        let [a, b, c] = &pair.services[..] else { panic!("three agents") };
+        assert_eq!(one(b.forget_source(pair.id).await), "SOURCE_ALIVE");
+        pair.move_between(1, 2, 8, true).await.unwrap();
+        locked(&world).network = false;
+        assert_eq!(one(b.forget_source(pair.id).await), "VOLUME_PUBLISHED", "others read it");
+        locked(&world).network = true;
+        c.abort(pair.id).await.unwrap();
+        pair.until(2, |view| view.is_none()).await;
+
+        locked(&world).network = false;
+        let earlier = Which { generation: Some(Generation(1)), ..Which::from(pair.id) };
+        assert_eq!(one(b.forget_source(earlier).await), "GENERATION_STALE");
+        let forgotten = b.forget_source(pair.id).await.unwrap();
+        assert_eq!(forgotten.lost.regions, REGIONS as u64 - 1);
+        assert_eq!(forgotten.lost.bytes, VOLUME_BYTES - REGION_BYTES);
+        let again = b.forget_source(pair.id).await.unwrap();
+        assert_eq!(again.lost, forgotten.lost);
+        // Not before it is cut off does what waits for it fail.
+        pair.until(1, |_| pair.read(1, 0) == Io::Failed).await;
+        assert_eq!(pair.read(1, 1), Io::Done(11));
+
+        // What was on its way stays where it is, whether the source is back or not.
+        locked(&world).network = true;
+        pair.until(1, |_| true).await;
+        assert_eq!(pair.read(1, 0), Io::Failed, "read from a source that was given up");
+        assert_eq!(one(pair.move_between(1, 2, 9, true).await), "REGIONS_LOST");
+        assert_eq!(one(a.attach(pair.id, None).await), "VOLUME_FENCED");
+        for region in (0..REGIONS).filter(|region| *region != 1) {
+            assert_eq!(pair.write(1, region, 20 + region as u64), Io::Done(()));
+        }
+        pair.until(1, is_local).await;
+        assert_eq!((pair.read(1, 0), pair.read(1, 1)), (Io::Done(20), Io::Done(11)));
+        assert_eq!(b.forget_source(pair.id).await.unwrap().lost.regions, 0);
+
+        // The source's copy is the operator's to delete, and nobody else's to open.
+        assert!(pair.view(0).is_some_and(|view| view.record.lent().is_some()));
+        a.delete(pair.id).await.unwrap();
+        pair.until(0, |view| view.is_none()).await;
+        assert!(locked(&world).is_clean(0) && locked(&world).is_clean(2));
+    });
+}
+
+#[test]
+fn a_source_that_has_nothing_more_to_give_is_given_up_without_a_loss() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        half_way(&pair).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        assert_eq!(one(a.delete(pair.id).await), "VOLUME_FENCED", "it is still read");
+        for region in 0..REGIONS {
+            assert_eq!(pair.write(1, region, 30 + region as u64), Io::Done(()));
+        }
+        locked(&world).network = false;
+        pair.until(1, |view| {
+            let receiving = view.and_then(|view| view.record.receiving());
+            receiving.is_some_and(|receiving| receiving.stage == ReceivingStage::Parting)
+        })
+        .await;
+        assert_eq!(one(a.delete(pair.id).await), "VOLUME_FENCED", "nobody has said otherwise");
+        let forgotten = b.forget_source(pair.id).await.unwrap();
+        assert_eq!(forgotten.lost.regions, 0);
+        pair.until(1, is_local).await;
+        assert_eq!(pair.read(1, 3), Io::Done(33));
+
+        // Deleted there, it may still be deleted here.
+        b.detach(pair.id).await.unwrap();
+        b.delete(pair.id).await.unwrap();
+        locked(&world).network = true;
+        a.delete(pair.id).await.unwrap();
+        pair.until(0, |view| view.is_none()).await;
+        assert!(locked(&world).is_clean(0) && locked(&world).is_clean(1));
+    });
+}
+
+#[test]
+fn what_was_deleted_here_waits_for_no_lost_source() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        half_way(&pair).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        locked(&world).network = false;
+        b.detach(pair.id).await.unwrap();
+        b.delete(pair.id).await.unwrap();
+        assert!(pair.view(1).is_some(), "the source is to be told");
+        let forgotten = b.forget_source(pair.id).await.unwrap();
+        assert!(forgotten.view.is_none() && forgotten.lost.regions == 0);
+        locked(&world).network = true;
+        a.delete(pair.id).await.unwrap();
+        pair.until(0, |view| view.is_none()).await;
+        assert!(locked(&world).is_clean(0) && locked(&world).is_clean(1));
     });
 }
 
@@ -794,7 +1010,7 @@ fn a_held_volume_grows_at_its_source_and_the_destination_follows() {
         // Once more, and the switch at once: the fence tells the size.
         a.extend(pair.id, VOLUME_BYTES).await.unwrap();
         assert_eq!(pair.write(0, 3, 13), Io::Done(()));
-        b.switch(pair.id).await.unwrap();
+        b.switch(pair.id, false).await.unwrap();
         assert_eq!(one(a.extend(pair.id, VOLUME_BYTES).await), "VOLUME_FENCED");
         pair.until(1, is_local).await;
         for (region, value) in [(0, 0), (1, 11), (2, 12), (3, 13)] {
@@ -817,7 +1033,7 @@ fn a_volume_is_deleted_before_it_has_arrived_and_the_source_lets_go() {
         a.attach(pair.id, None).await.unwrap();
         pair.begin_move(true).await.unwrap();
         assert_eq!(one(b.delete(pair.id).await), "VOLUME_MOVING", "it is held");
-        b.switch(pair.id).await.unwrap();
+        b.switch(pair.id, false).await.unwrap();
         assert_eq!(one(b.delete(pair.id).await), "VOLUME_ATTACHED");
         b.detach(pair.id).await.unwrap();
         b.delete(pair.id).await.unwrap();
@@ -826,5 +1042,137 @@ fn a_volume_is_deleted_before_it_has_arrived_and_the_source_lets_go() {
         pair.until(0, |view| view.is_none()).await;
         b.delete(pair.id).await.unwrap();
         assert!(locked(&world).is_clean(0) && locked(&world).is_clean(1));
+    });
+}
+
+/// A guest at the source that writes until it is told to stop, or fails.
+struct Busy {
+    stop: Arc<std::sync::atomic::AtomicBool>,
+    thread: std::thread::JoinHandle<u64>,
+}
+
+impl Busy {
+    fn start(pair: &Pair) -> Self {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let (stop, world) = (Arc::new(AtomicBool::new(false)), Arc::clone(&pair.world));
+        let record = pair.view(0).unwrap().record;
+        locked(&world).set_users(0, &record, 1);
+        let told = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let mut value = 1000;
+            while !told.load(Ordering::Relaxed) {
+                if locked(&world).write_handle(0, &record, 0, value + 1) != Io::Done(()) {
+                    return 0;
+                }
+                value += 1;
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            value
+        });
+        Self { stop, thread }
+    }
+
+    /// The last value that was acknowledged; 0 for a guest that met an error.
+    fn stop(self) -> u64 {
+        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+#[test]
+fn a_source_is_not_fenced_while_its_guest_writes() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        a.attach(pair.id, None).await.unwrap();
+        let guest = Busy::start(&pair);
+        pair.begin_move(true).await.unwrap();
+        // Whatever it was that wrote at the destination, it was not the guest.
+        assert_eq!(pair.write(1, 1, 7), Io::Waits);
+        for _ in 0..3 {
+            assert_eq!(one(b.switch(pair.id, false).await), "SOURCE_ACTIVE");
+        }
+        let (held, lent) = (pair.view(1).unwrap().record, pair.view(0).unwrap().record);
+        assert_eq!(held.receiving().unwrap().stage, ReceivingStage::Switching);
+        assert_eq!(lent.lent().unwrap().stage, LentStage::Published);
+        assert!(locked(&world).released.is_empty(), "a held write was acknowledged");
+        // Once it has stopped, the switch goes on by itself.
+        let last = guest.stop();
+        assert!(last > 1000, "the guest was cut off");
+        pair.until(1, |view| view.unwrap().record.receiving().unwrap().stage.is_owner()).await;
+        assert_eq!(pair.read(1, 0), Io::Done(last));
+        assert_eq!(locked(&world).released, [(1, 1, 7)]);
+    });
+}
+
+#[test]
+fn a_source_is_fenced_at_once_when_its_guest_has_only_just_stopped() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        a.attach(pair.id, None).await.unwrap();
+        pair.begin_move(true).await.unwrap();
+        let guest = Busy::start(&pair);
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        // It stays open, as QEMU leaves it.
+        let last = guest.stop();
+        b.switch(pair.id, false).await.unwrap();
+        assert_eq!(pair.read(1, 0), Io::Done(last));
+    });
+}
+
+#[test]
+fn a_source_is_fenced_on_somebodys_word_although_it_is_written() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        a.attach(pair.id, None).await.unwrap();
+        let guest = Busy::start(&pair);
+        pair.begin_move(true).await.unwrap();
+        assert_eq!(one(b.switch(pair.id, false).await), "SOURCE_ACTIVE");
+        b.switch(pair.id, true).await.unwrap();
+        assert!(pair.view(1).unwrap().record.receiving().unwrap().stage.is_owner());
+        assert_eq!(guest.stop(), 0, "two nodes write");
+    });
+}
+
+#[test]
+fn a_guest_that_is_said_to_have_left_hastens_the_switch_and_nothing_else() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        assert_eq!(one(a.guest_left(pair.id).await), "VOLUME_NOT_FOUND");
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        a.attach(pair.id, None).await.unwrap();
+        a.guest_left(pair.id).await.unwrap();
+        pair.begin_move(true).await.unwrap();
+        // Early, or a lie: somebody has the handle open.
+        let record = pair.view(0).unwrap().record;
+        locked(&world).set_users(0, &record, 1);
+        a.guest_left(pair.id).await.unwrap();
+        // At the destination nothing is concluded.
+        b.guest_left(pair.id).await.unwrap();
+        let grant = record.lent().unwrap().to.grant;
+        assert_eq!(one(b.hasten(pair.id, grant, Some("n2")).await), "GRANT_UNKNOWN");
+        assert_eq!(one(b.hasten(pair.id, Uuid::from_u128(5), Some("n0")).await), "GRANT_UNKNOWN");
+        let stage = || pair.view(1).unwrap().record.receiving().unwrap().stage;
+        assert_eq!(stage(), ReceivingStage::Held);
+        locked(&world).set_users(0, &record, 0);
+        a.guest_left(pair.id).await.unwrap();
+        a.guest_left(pair.id).await.unwrap();
+        pair.until(1, is_local).await;
+        pair.until(0, |view| view.is_none()).await;
+        assert_eq!(one(b.hasten(pair.id, grant, Some("n0")).await), "GRANT_UNKNOWN", "late");
     });
 }

@@ -13,6 +13,7 @@ use crate::{
     hydration::{self, MAX_BATCH, MAX_THRESHOLD, Tuning},
     name::{Generation, VolumeId},
     plan::Device,
+    schedule::PRIORITIES,
     units::Sectors,
     volume::{
         Borrower, Event, ExportName, IllegalTransition, Lent, LentStage, Lineage, Origin, Phase,
@@ -191,6 +192,26 @@ pub enum Refusal {
         /// How many may be.
         limit: u32,
     },
+    /// The source still answers.
+    #[error("source {node} answers: nothing is lost as long as it does")]
+    SourceAlive {
+        /// The source.
+        node: String,
+    },
+    /// The source has not said that it is fenced.
+    #[error("volume {0} has nothing here yet: its source is not fenced, or was a moment ago")]
+    SourceNotFenced(VolumeId),
+    /// Regions are missing for ever.
+    #[error("volume {id} lacks regions that were lost with {node}: they must be rewritten first")]
+    RegionsLost {
+        /// The volume.
+        id: VolumeId,
+        /// The source that was forgotten.
+        node: String,
+    },
+    /// A guest that is to have left still writes here.
+    #[error("volume {0} is still being written at its source")]
+    SourceActive(VolumeId),
     /// No port is free for another export.
     #[error("no port is free for another export")]
     PortsExhausted,
@@ -265,6 +286,10 @@ impl Refusal {
             Self::ConfirmationRequired { .. } => "CONFIRMATION_REQUIRED",
             Self::SettingOutOfRange { .. } => "SETTING_OUT_OF_RANGE",
             Self::ChainTooDeep { .. } => "CHAIN_TOO_DEEP",
+            Self::SourceAlive { .. } => "SOURCE_ALIVE",
+            Self::SourceNotFenced(_) => "SOURCE_NOT_FENCED",
+            Self::RegionsLost { .. } => "REGIONS_LOST",
+            Self::SourceActive(_) => "SOURCE_ACTIVE",
             Self::PortsExhausted => "PORTS_EXHAUSTED",
             Self::SnapshotNotFound(_) => "SNAPSHOT_NOT_FOUND",
             Self::SnapshotExists { .. } => "SNAPSHOT_EXISTS",
@@ -594,6 +619,11 @@ pub fn grant(
     match &record.phase {
         Phase::Receiving(receiving) if receiving.stage.is_owner() => {
             not_failed(record.id, receiving)?;
+            if record.is_damaged() {
+                // What fails here would be waited for there.
+                let node = receiving.source.node.clone();
+                return Err(Refusal::RegionsLost { id: record.id, node });
+            }
             let depth = receiving.source.depth;
             if depth >= request.max_depth {
                 return Err(Refusal::ChainTooDeep { depth, limit: request.max_depth });
@@ -735,18 +765,22 @@ pub fn receive(
             length: size,
             region,
             floor: 0,
+            forgotten: false,
+            turn: 0,
             stage: ReceivingStage::Allocating,
             rebuild: None,
+            forced: false,
             failure: None,
         })),
     })))
 }
 
-/// The guest has moved: fence the source.
+/// The guest has moved: fence the source. `force` says that the caller knows it to
+/// have left, whatever the source sees.
 ///
 /// # Errors
 /// The volume is not held.
-pub fn switch(record: &Record) -> Result<Admitted, Refusal> {
+pub fn switch(record: &Record, force: bool) -> Result<Admitted, Refusal> {
     let Some(receiving) = record.receiving() else {
         // The whole move may be over by the time the call is repeated.
         return Err(Refusal::VolumeNotHeld(record.id));
@@ -756,7 +790,14 @@ pub fn switch(record: &Record) -> Result<Admitted, Refusal> {
         ReceivingStage::Held | ReceivingStage::Refused | ReceivingStage::Switching
             if receiving.source.hold =>
         {
-            journal(record, Event::SwitchAsked)
+            let mut wanted = record.clone();
+            if let Phase::Receiving(receiving) = &mut wanted.phase {
+                receiving.forced |= force;
+            }
+            match journal(&wanted, Event::SwitchAsked)? {
+                Admitted::Already if wanted != *record => Ok(Admitted::Journal(Box::new(wanted))),
+                admitted => Ok(admitted),
+            }
         }
         ReceivingStage::Hydrating | ReceivingStage::Collapsing | ReceivingStage::Parting
             if receiving.source.hold =>
@@ -811,6 +852,8 @@ pub struct Change {
     pub threshold: Option<u32>,
     /// Contiguous regions as one.
     pub batch: Option<u32>,
+    /// Before whom.
+    pub priority: Option<i32>,
 }
 
 /// Changes how a volume is copied.
@@ -826,13 +869,17 @@ pub fn tune(record: &Record, change: Change) -> Result<Admitted, Refusal> {
     };
     range("threshold", change.threshold, MAX_THRESHOLD)?;
     range("batch", change.batch, MAX_BATCH)?;
+    if change.priority.is_some_and(|priority| !PRIORITIES.contains(&priority)) {
+        let range = format!("{} to {}", PRIORITIES.start(), PRIORITIES.end());
+        return Err(Refusal::SettingOutOfRange { setting: "priority", range });
+    }
     match record.receiving().map(|receiving| receiving.stage) {
         Some(
             ReceivingStage::Held
             | ReceivingStage::Refused
             | ReceivingStage::Switching
             | ReceivingStage::Hydrating,
-        ) => {}
+        ) if !record.is_damaged() => {}
         _ => return Err(Refusal::VolumeNotHydrating(record.id)),
     }
     let mut wanted = record.clone();
@@ -841,6 +888,7 @@ pub fn tune(record: &Record, change: Change) -> Result<Admitted, Refusal> {
     tuning.rate = change.rate.unwrap_or(tuning.rate);
     tuning.threshold = change.threshold.unwrap_or(tuning.threshold);
     tuning.batch = change.batch.unwrap_or(tuning.batch);
+    tuning.priority = change.priority.unwrap_or(tuning.priority);
     Ok(if wanted == *record { Admitted::Already } else { Admitted::Journal(Box::new(wanted)) })
 }
 
@@ -869,12 +917,27 @@ fn claimed<'a>(record: &'a Record, claim: &Claim) -> Result<&'a Lent, Refusal> {
     Ok(lent)
 }
 
+/// What speaks for it that the guest has left a source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Evidence {
+    /// Nobody has the handle open, or nothing is written through it.
+    Quiet,
+    /// Nothing: the handle is written.
+    Writing,
+    /// A caller at the destination says that it has, on their own responsibility.
+    Word,
+}
+
 /// The grant's holder asks that nobody here writes any more.
 ///
 /// # Errors
-/// The grant is not open here, or names another generation.
-pub fn fence(record: &Record, claim: &Claim) -> Result<Admitted, Refusal> {
+/// The grant is not open here, or names another generation; or the guest is plainly
+/// still running here.
+pub fn fence(record: &Record, claim: &Claim, evidence: Evidence) -> Result<Admitted, Refusal> {
     match claimed(record, claim)?.stage {
+        LentStage::Published if evidence == Evidence::Writing => {
+            Err(Refusal::SourceActive(record.id))
+        }
         LentStage::Published | LentStage::Fencing | LentStage::Fenced => {
             journal(record, Event::FenceAsked)
         }
@@ -912,7 +975,7 @@ pub fn revoke(record: &Record, grant: Uuid) -> Result<Admitted, Refusal> {
     }
 }
 
-fn journal(record: &Record, event: Event) -> Result<Admitted, Refusal> {
+pub(crate) fn journal(record: &Record, event: Event) -> Result<Admitted, Refusal> {
     match record.clone().after(event) {
         Ok(after) if after == *record => Ok(Admitted::Already),
         Ok(after) => Ok(Admitted::Journal(Box::new(after))),
@@ -949,7 +1012,7 @@ const fn is_leaving(stage: ReceivingStage) -> bool {
     matches!(stage, S::Aborting | S::Withdrawing | S::Discarding | S::Discarded)
 }
 
-fn not_failed(id: VolumeId, receiving: &Receiving) -> Result<(), Refusal> {
+pub(crate) fn not_failed(id: VolumeId, receiving: &Receiving) -> Result<(), Refusal> {
     match &receiving.failure {
         Some(failure) => Err(Refusal::VolumeFailed { id, why: failure.why.clone() }),
         None => Ok(()),

@@ -11,7 +11,7 @@ use crate::{
     units::{DevNo, Sectors},
     volume::{
         Borrower, Event, ExportName, Failure, Lent, LentStage, Lineage, Phase, Rebuild, Receiving,
-        ReceivingStage, Record, Source, Taken, Template,
+        ReceivingStage, Record, Relay, Source, Taken, Template,
     },
 };
 
@@ -80,8 +80,11 @@ fn receiving(stage: ReceivingStage) -> Record {
         length: SIZE,
         region: REGION,
         floor: 2,
+        forgotten: false,
+        turn: 0,
         stage,
         rebuild: None,
+        forced: false,
         failure: None,
     })))
 }
@@ -378,6 +381,64 @@ fn a_failure_names_its_boot_and_survives_the_journal() {
     assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), record);
     let unknown = text.replacen("\"pool\"", "\"colour\":1,\"pool\"", 1);
     assert!(serde_json::from_str::<Record>(&unknown).is_err(), "fields come with versions");
+}
+
+#[test]
+fn nobody_waits_for_the_answer_of_a_source_that_was_given_up() {
+    let given_up = |stage| {
+        let mut record = receiving(stage);
+        let Phase::Receiving(receiving) = &mut record.phase else { panic!() };
+        receiving.forgotten = true;
+        receiving.meta = None;
+        record
+    };
+    let parted = Seen {
+        meta: None,
+        import: Import::default(),
+        handle: handle(Target::Linear { device: DATA, offset: Sectors(0) }),
+        ..bare()
+    };
+    let parting = given_up(ReceivingStage::Parting);
+    assert_eq!(next(&parting, &parted), Next::Journal(Event::SourceReleased));
+    for stage in [ReceivingStage::Withdrawing, ReceivingStage::Discarded] {
+        let mut record = given_up(stage);
+        assert_eq!(next(&record, &parted), Next::Forget(vec![]), "{stage:?}");
+        if stage == ReceivingStage::Discarded {
+            let (receiving, Phase::Lent(lent)) =
+                (record.receiving().unwrap().clone(), lent(LentStage::Releasing).phase)
+            else {
+                panic!()
+            };
+            record.phase = Phase::Relaying(Box::new(Relay { receiving, lent }));
+            assert_eq!(next(&record, &parted), Next::Forget(vec![]), "the middle of a chain");
+        }
+    }
+}
+
+#[test]
+fn what_waits_for_a_source_that_was_given_up_fails_and_nothing_more_is_copied() {
+    let mut record = receiving(ReceivingStage::Hydrating);
+    let Phase::Receiving(receiving) = &mut record.phase else { panic!() };
+    receiving.forgotten = true;
+    let one = |seen: &Seen| match next(&record, seen) {
+        Next::Do(steps) => steps,
+        next => panic!("{next:?}"),
+    };
+    let seen = Seen { handle: handle(over_clone()), ..swing() };
+    assert_eq!(one(&seen), [Step::Hydrate(false)]);
+    let CloneStatus::Working { hydrated, total, .. } = working(3) else { panic!() };
+    let off =
+        CloneStatus::Working { hydrated, total, hydrating: 0, enabled: false, read_only: false };
+    let seen = Seen { clone_status: Some(off), ..seen };
+    assert_eq!(one(&seen), [Step::CutSource(export())]);
+    let multipath = Target::Foreign { kind: "multipath".into() };
+    let cut = Seen { import: Import::default(), src: Some(device(SRC, multipath)), ..seen };
+    assert_eq!(one(&cut), [Step::Set(Role::Src, table(Target::Lost))]);
+    let lost = Seen { src: Some(device(SRC, Target::Lost)), ..cut.clone() };
+    assert_eq!(next(&record, &lost), Next::Wait(Wait::Lost));
+    // After a reboot the same, and nobody looks for the source.
+    let booted = Seen { src: None, clone: None, clone_status: None, ..cut };
+    assert_eq!(one(&booted), [Step::Set(Role::Src, table(Target::Lost))]);
 }
 
 fn half_made(phase: Phase) -> Record {

@@ -68,12 +68,14 @@ pub struct Tuning {
     pub threshold: u32,
     /// Contiguous regions copied as one, 1 to [`MAX_BATCH`].
     pub batch: u32,
+    /// Higher ones copy first, in [`crate::schedule::PRIORITIES`].
+    pub priority: i32,
 }
 
 impl Default for Tuning {
     /// Copies of 1 MiB, up to 8 MiB on the way, with 64 KiB regions.
     fn default() -> Self {
-        Self { paused: false, rate: 0, threshold: 128, batch: 16 }
+        Self { paused: false, rate: 0, threshold: 128, batch: 16, priority: 0 }
     }
 }
 

@@ -5,9 +5,11 @@
 pub mod admit;
 #[cfg(test)]
 mod examples;
+pub mod forget;
 pub mod hydration;
 pub mod name;
 pub mod plan;
+pub mod schedule;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod table;

@@ -257,6 +257,8 @@ pub enum Wait {
     Hydration,
     /// The source does not answer.
     Source,
+    /// Consumers, to rewrite what was lost with the source.
+    Lost,
     /// An operator or a reboot.
     Operator,
     /// The pool's logical volumes are not active.
@@ -321,6 +323,9 @@ pub fn is_attempt(record: &Record, steps: &[Step]) -> bool {
 /// not, an attempt must have ended before anything is taken down.
 pub fn needs_source(record: &Record) -> bool {
     use ReceivingStage as S;
+    if record.receiving().is_some_and(|receiving| receiving.forgotten) {
+        return false;
+    }
     let parting = record.lent().is_some_and(|lent| lent.stage == LentStage::Releasing);
     let in_use = record.receiving().is_some_and(|receiving| match receiving.stage {
         S::Held | S::Switching | S::Refused | S::Hydrating => true,
@@ -533,10 +538,7 @@ impl Plan<'_> {
     /// The middle of a chain: the source's side below, the borrower's above.
     fn relaying(&self, relay: &Relay) -> Next {
         let Relay { receiving, lent } = relay;
-        if receiving.stage == ReceivingStage::Discarded {
-            return Next::AskThenForget(Call::Release);
-        }
-        if lent.stage != LentStage::Releasing {
+        if receiving.stage == ReceivingStage::Discarded || lent.stage != LentStage::Releasing {
             return self.receiving(receiving);
         }
         self.fenced_handle()
@@ -603,6 +605,7 @@ impl Plan<'_> {
         match receiving.stage {
             S::Allocating => self.allocating(receiving),
             S::Aborting => self.aborting(receiving),
+            S::Withdrawing | S::Discarded if receiving.forgotten => Next::Forget(Vec::new()),
             S::Withdrawing => Next::AskThenForget(Call::Revoke),
             S::Discarding if self.seen.handle.is_some() => one(Step::Remove(Role::Handle)),
             S::Discarding => {
@@ -688,6 +691,11 @@ impl Plan<'_> {
             }
             return self.rebuilding(receiving, data, meta, rebuild);
         }
+        if receiving.forgotten
+            && let Some(next) = self.given_up(receiving)
+        {
+            return next;
+        }
         let armed = receiving.stage != S::Assembling;
         if !armed && self.seen.import.namespace.is_none() {
             return one(Step::Connect(receiving.source.export.clone()));
@@ -704,7 +712,9 @@ impl Plan<'_> {
         }
         // First, because a request that waits for the source keeps tables from
         // being swapped.
-        if let Some(next) = self.source_reached(receiving) {
+        if !receiving.forgotten
+            && let Some(next) = self.source_reached(receiving)
+        {
             return next;
         }
         let stacked = match receiving.stage {
@@ -803,25 +813,27 @@ impl Plan<'_> {
     /// The way to the source, or what must be done first.
     fn src_built(&self, receiving: &Receiving) -> Result<&Device, Box<Next>> {
         let namespace = self.seen.import.namespace;
-        let src = match &self.seen.src {
-            None => {
-                return Err(Box::new(one(Step::Set(
-                    Role::Src,
-                    Self::copied(receiving, Target::Queue { path: namespace }),
-                ))));
-            }
-            Some(src) => src,
+        let source = match receiving.forgotten {
+            true => Target::Lost,
+            false => Target::Queue { path: namespace },
+        };
+        let wanted = Self::copied(receiving, source);
+        let Some(src) = &self.seen.src else {
+            return Err(Box::new(one(Step::Set(Role::Src, wanted))));
         };
         let path = match src.table.as_ref().map(|table| &table.target) {
             Some(Target::Queue { path }) => *path,
             _ => None,
         };
-        // A source that is away keeps the path it had: its requests wait there.
-        let is_short = src.table.as_ref().is_some_and(|table| table.length < receiving.length);
-        if src.table.is_none() || (namespace.is_some() && (path != namespace || is_short)) {
-            let path = namespace;
-            let table = Self::copied(receiving, Target::Queue { path });
-            return Err(Box::new(one(Step::Set(Role::Src, table))));
+        let stays = match &src.table {
+            None => false,
+            Some(table) if receiving.forgotten => *table == wanted,
+            // A source that is away keeps the path it had: its requests wait there.
+            Some(_) if namespace.is_none() => true,
+            Some(table) => path == namespace && table.length >= receiving.length,
+        };
+        if !stays {
+            return Err(Box::new(one(Step::Set(Role::Src, wanted))));
         }
         Ok(src)
     }
@@ -871,6 +883,15 @@ impl Plan<'_> {
         Ok(clone)
     }
 
+    /// Nothing more comes from a source that is given up: copying ends, because
+    /// dm-clone would try regions that fail for ever, and what waits for it fails.
+    fn given_up(&self, receiving: &Receiving) -> Option<Next> {
+        if matches!(self.seen.clone_status, Some(CloneStatus::Working { enabled: true, .. })) {
+            return Some(one(Step::Hydrate(false)));
+        }
+        self.source_cut(receiving)
+    }
+
     fn failed_clone(&self) -> Option<Next> {
         let why = match self.seen.clone_status.as_ref()? {
             CloneStatus::Working { read_only: false, .. } => return None,
@@ -914,11 +935,12 @@ impl Plan<'_> {
         let tuning = &self.record.tuning;
         // Once another node has taken over, what is copied here is copied twice.
         let closed = self.record.lent().is_some_and(|lent| lent.stage.is_closed());
-        let wanted = reachable && !tuning.paused && !self.seen.resting && !closed;
+        let forgotten = self.record.receiving().is_some_and(|receiving| receiving.forgotten);
+        let wanted = reachable && !tuning.paused && !self.seen.resting && !closed && !forgotten;
         if enabled && !wanted {
             return one(Step::Hydrate(false));
         }
-        if hydrated < total && !reachable {
+        if hydrated < total && !reachable && !forgotten {
             return Next::Wait(Wait::Source);
         }
         // What was read before the fence may have stayed in the page cache.
@@ -929,6 +951,9 @@ impl Plan<'_> {
         }
         if hydrated == total {
             return Next::DoThen(Step::Commit, Event::Committed);
+        }
+        if forgotten {
+            return Next::Wait(Wait::Lost);
         }
         if closed {
             return Next::Wait(Wait::Peer);
@@ -964,6 +989,9 @@ impl Plan<'_> {
         }
         if receiving.meta.is_some() {
             return Next::DoThen(Step::RetireMeta, Event::MetaRetired);
+        }
+        if receiving.forgotten {
+            return Next::Journal(Event::SourceReleased);
         }
         Next::Ask(Call::Release)
     }

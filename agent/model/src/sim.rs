@@ -89,6 +89,8 @@ struct Mapped {
     hydrating: bool,
     bits: [bool; REGIONS],
     held: Vec<(usize, u64)>,
+    /// Writes that were done through it.
+    written: u64,
 }
 
 impl Mapped {
@@ -323,10 +325,22 @@ impl World {
         value: u64,
     ) -> Io<()> {
         let name = plan::dm_name(record, Role::Handle).uuid;
-        match self.nodes[node].mapped.get(&name) {
+        let outcome = match self.nodes[node].mapped.get(&name) {
             Some(mapped) => self.write(node, mapped.number, region, value),
             None => Io::Failed,
+        };
+        if outcome == Io::Done(())
+            && let Some(mapped) = self.nodes[node].mapped.get_mut(&name)
+        {
+            mapped.written += 1;
         }
+        outcome
+    }
+
+    /// How many writes were done through a handle that somebody has open.
+    pub fn written(&self, node: usize, record: &Record) -> Option<u64> {
+        let handle = self.nodes[node].mapped.get(&plan::dm_name(record, Role::Handle).uuid)?;
+        (handle.users > 0).then_some(handle.written)
     }
 
     /// Flushes the handle: everything acknowledged before is on stable storage.
@@ -378,6 +392,13 @@ impl World {
         if let Some((clone, meta, dest)) = target {
             self.commit_clone(node, clone, meta, dest);
         }
+    }
+
+    /// Regions that the clone lacks; none where there is no clone.
+    pub fn missing(&self, node: usize, record: &Record) -> Option<Vec<usize>> {
+        let clone = self.nodes[node].mapped.get(&plan::dm_name(record, Role::Clone).uuid);
+        let (clone, table) = clone.and_then(|clone| Some((clone, clone.live.as_ref()?)))?;
+        Some((0..regions(table)).filter(|region| !clone.bits[*region]).collect())
     }
 
     /// Whether the handle exists.
@@ -448,7 +469,7 @@ impl World {
             Some(Target::Clone { dest, src, .. }) => {
                 self.read(node, if mapped.bits[region] { *dest } else { *src }, region)
             }
-            Some(Target::Error | Target::Foreign { .. }) | None => Io::Failed,
+            Some(Target::Error | Target::Lost | Target::Foreign { .. }) | None => Io::Failed,
         }
     }
 
@@ -486,6 +507,7 @@ impl World {
                 Target::Error
                 | Target::ReadOnly { .. }
                 | Target::Queue { .. }
+                | Target::Lost
                 | Target::Foreign { .. },
             )
             | None => Io::Failed,
@@ -857,6 +879,7 @@ impl World {
                 hydrating: false,
                 bits: [false; REGIONS],
                 held: Vec::new(),
+                written: 0,
             };
             self.nodes[node].mapped.insert(name.to_owned(), fresh);
         }

@@ -40,6 +40,10 @@ pub enum Target {
         /// The device below; none while the source is away.
         path: Option<DevNo>,
     },
+    /// Reads of a source that is lost for ever: they fail. It is a multipath device
+    /// like [`Target::Queue`], because a table of that kind gives way to none of
+    /// another (`DM_TARGET_IMMUTABLE`, drivers/md/dm-mpath.c).
+    Lost,
     /// dm-clone, always made with hydration off.
     Clone {
         /// Metadata device.
@@ -115,7 +119,7 @@ impl Target {
             Self::Linear { .. } => "linear",
             Self::Hold { .. } => "delay",
             Self::ReadOnly { .. } => "flakey",
-            Self::Queue { .. } => "multipath",
+            Self::Queue { .. } | Self::Lost => "multipath",
             Self::Clone { .. } => "clone",
             Self::Foreign { kind } => kind,
         }
@@ -142,6 +146,7 @@ impl Target {
                 }
                 text
             }
+            Self::Lost => "2 queue_mode bio 0 0 0".to_owned(),
             Self::Clone { meta, dest, src, region } => {
                 format!("{meta} {dest} {src} {region} 1 no_hydration")
             }
@@ -177,6 +182,7 @@ impl Target {
             "multipath" if words.contains(&"queue_if_no_path") => {
                 Self::Queue { path: words.iter().find_map(|word| word.parse().ok()) }
             }
+            "multipath" if !words.iter().any(|word| word.parse::<DevNo>().is_ok()) => Self::Lost,
             "clone" => Self::Clone {
                 meta: device(0)?,
                 dest: device(1)?,
@@ -190,7 +196,7 @@ impl Target {
     /// Every device that the table stands on.
     pub fn devices(&self) -> Vec<DevNo> {
         match self {
-            Self::Error | Self::Foreign { .. } => Vec::new(),
+            Self::Error | Self::Lost | Self::Foreign { .. } => Vec::new(),
             Self::Linear { device, .. } | Self::Hold { device } | Self::ReadOnly { device, .. } => {
                 vec![*device]
             }
@@ -260,6 +266,7 @@ mod test {
     fn any_target() -> impl Strategy<Value = Target> {
         prop_oneof![
             Just(Target::Error),
+            Just(Target::Lost),
             (any_device(), any::<u64>())
                 .prop_map(|(device, offset)| Target::Linear { device, offset: Sectors(offset) }),
             any_device().prop_map(|device| Target::Hold { device }),

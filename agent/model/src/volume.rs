@@ -162,6 +162,8 @@ pub enum Event {
     Collapsed,
     /// The source has let go.
     SourceReleased,
+    /// An operator says that the source is lost for ever.
+    SourceForgotten,
     /// The clone metadata LV is gone.
     MetaRetired,
     /// The move is given up.
@@ -330,6 +332,19 @@ impl Record {
         Ok(self)
     }
 
+    /// Gives a copy its turn among those of its node.
+    pub fn set_turn(&mut self, turn: u64) {
+        match &mut self.phase {
+            Phase::Receiving(receiving) => receiving.turn = turn,
+            Phase::Relaying(relay) => relay.receiving.turn = turn,
+            Phase::Creating
+            | Phase::Local
+            | Phase::Lent(_)
+            | Phase::Reverting(_)
+            | Phase::Deleting => {}
+        }
+    }
+
     /// The source's side of a grant, where there is one.
     pub fn lent(&self) -> Option<&Lent> {
         match &self.phase {
@@ -370,6 +385,22 @@ impl Record {
             | Phase::Reverting(_)
             | Phase::Deleting => self.came_by == Some(grant),
         }
+    }
+
+    /// Whether this node took the volume by `grant` and reads the source's copy no
+    /// more, nor will tell it so by itself: the source's copy may go.
+    pub fn has_done_with(&self, grant: Uuid) -> bool {
+        match self.receiving() {
+            Some(receiving) if receiving.source.grant == grant => {
+                receiving.forgotten && receiving.stage.is_taken()
+            }
+            Some(_) | None => self.came_by == Some(grant),
+        }
+    }
+
+    /// Whether regions were lost with a forgotten source and may still be missing.
+    pub fn is_damaged(&self) -> bool {
+        self.receiving().is_some_and(|r| r.forgotten && r.stage == ReceivingStage::Hydrating)
     }
 
     /// Whether the handle may stand on the data LV as far as earlier grants are

@@ -19,7 +19,8 @@ use uuid::Uuid;
 
 use self::{copies::Copies, seeds::Sabotage};
 use crate::{
-    admit::{self, Admitted, Claim, GrantRequest, Offer, PoolRoom, Refusal},
+    admit::{self, Admitted, Claim, Evidence, GrantRequest, Offer, PoolRoom, Refusal},
+    forget,
     name::VolumeId,
     plan::{self, Call, Next, Wait},
     sim::{FOREIGN, Fault, Io, REGION_BYTES, REGIONS, World},
@@ -72,6 +73,8 @@ struct At {
 struct Known {
     since_flush: Vec<u64>,
     cut: bool,
+    /// Given up with its source: it may be missing, and then nothing may be read.
+    lost: bool,
 }
 
 #[derive(Debug)]
@@ -89,6 +92,8 @@ struct Cluster {
     writer: Option<usize>,
     value: u64,
     lose_answers: bool,
+    /// Nodes on which a guest writes all the time.
+    running: [bool; NODES],
     /// Calls between agents that were made, whether they arrived or not: any of
     /// them may arrive again, at any time.
     sent: Vec<(usize, Message)>,
@@ -100,7 +105,7 @@ struct Cluster {
 /// A call from one agent to another.
 #[derive(Debug, Clone)]
 enum Message {
-    Fence(VolumeId, Claim),
+    Fence(VolumeId, Claim, bool),
     Release(VolumeId, Claim),
     Revoke(Uuid),
 }
@@ -118,7 +123,7 @@ impl Cluster {
         let mut world = World::new(NODES);
         let id = VolumeId::new(world.unique());
         let copies = Copies::new(&mut world);
-        let blank = Known { since_flush: vec![0], cut: false };
+        let blank = Known { since_flush: vec![0], cut: false, lost: false };
         Self {
             world,
             journals: (0..NODES).map(|_| Journal::default()).collect(),
@@ -130,6 +135,7 @@ impl Cluster {
             writer: None,
             value: 0,
             lose_answers: false,
+            running: [false; NODES],
             sent: Vec::new(),
             copies,
             sabotage: None,
@@ -188,8 +194,9 @@ impl Cluster {
     /// Whatever was acknowledged so far must survive any power cut.
     fn all_is_stable(&mut self) {
         for known in &mut self.known {
-            if !known.cut {
+            if !known.cut && !known.since_flush.is_empty() {
                 known.since_flush = known.since_flush.split_off(known.since_flush.len() - 1);
+                known.lost = false;
             }
         }
     }
@@ -366,6 +373,10 @@ impl Cluster {
         }
     }
 
+    fn fate(journal: &Journal, grant: Uuid) -> forget::GrantFate {
+        forget::fate(journal.copies.values(), journal.stones.get(&grant), grant)
+    }
+
     fn ask(&mut self, at: At, record: &Record, call: Call) -> Result<Event, Stop> {
         let (node, id) = (at.node, at.id);
         match call {
@@ -373,9 +384,7 @@ impl Cluster {
                 let borrower = record.lent_before.clone().unwrap();
                 let taken = self.call(node, &borrower.node, |cluster, there| {
                     let journal = &cluster.journals[there];
-                    let here = journal.copies.values().any(|r| r.has_taken(borrower.grant));
-                    let stone = journal.stones.get(&borrower.grant);
-                    Ok(here || stone.is_some_and(|stone| stone.fate == Fate::Taken))
+                    Ok(Self::fate(journal, borrower.grant).taken)
                 })?;
                 match taken {
                     Ok(false) => Ok(Event::Confirmed(self.world.nodes[node].boot)),
@@ -384,17 +393,18 @@ impl Cluster {
             }
             Call::Fence => {
                 let claim = Self::claim(record);
-                let source = record.receiving().unwrap().source.node.clone();
-                self.sent.push((number(&source), Message::Fence(id, claim.clone())));
+                let receiving = record.receiving().unwrap();
+                let (source, forced) = (receiving.source.node.clone(), receiving.forced);
+                self.sent.push((number(&source), Message::Fence(id, claim.clone(), forced)));
                 let answer = self.call(node, &source, |cluster, there| {
+                    cluster.fence(there, id, &claim, forced)?;
                     let at = At { node: there, id, generation: claim.generation.0 };
-                    cluster.request(at, |record| admit::fence(known(record, id)?, &claim))?;
                     cluster
                         .record(at)
                         .map(|record| record.size)
                         .ok_or_else(|| Stop::Stuck("the source is gone".into()))
                 })?;
-                let length = record.receiving().unwrap().length;
+                let length = receiving.length;
                 match answer {
                     Ok(size)
                         if size > length && self.sabotage != Some(Sabotage::ForgetsTheGrowth) =>
@@ -405,6 +415,7 @@ impl Cluster {
                         assert!(size >= length, "the source has shrunk");
                         Ok(Event::SourceFenced)
                     }
+                    Err(refusal @ Refusal::SourceActive(_)) => Err(Stop::Refused(refusal)),
                     Err(refusal) => {
                         self.journal(at, Event::SourceRefused)?;
                         Err(Stop::Stuck(refusal.to_string()))
@@ -414,6 +425,32 @@ impl Cluster {
             Call::Release => self.release(node, record).map(|()| Event::SourceReleased),
             Call::Revoke => unreachable!("not asked this way"),
         }
+    }
+
+    /// At the source. A guest that runs there must not be cut off unless somebody has
+    /// said so.
+    fn fence(
+        &mut self,
+        node: usize,
+        id: VolumeId,
+        claim: &Claim,
+        forced: bool,
+    ) -> Result<(), Stop> {
+        let at = At { node, id, generation: claim.generation.0 };
+        let is_open = |record: &Record| {
+            record.lent().is_some_and(|lent| lent.hold && lent.stage == LentStage::Published)
+        };
+        let runs = id == self.id
+            && self.running[node]
+            && self.record(at).is_some_and(|r| is_open(&r) && self.world.has_handle(node, &r));
+        let evidence = match runs && self.sabotage != Some(Sabotage::CutsOffTheGuest) {
+            _ if forced => Evidence::Word,
+            true => Evidence::Writing,
+            false => Evidence::Quiet,
+        };
+        self.admit(at, |record| admit::fence(known(record, id)?, claim, evidence))?;
+        assert!(forced || !runs, "a guest that was running was cut off");
+        self.converge(at)
     }
 
     fn release(&mut self, node: usize, record: &Record) -> Result<(), Stop> {
@@ -440,10 +477,7 @@ impl Cluster {
             return Ok(());
         };
         match message {
-            Message::Fence(id, claim) => {
-                let at = At { node: there, id, generation: claim.generation.0 };
-                self.request(at, |record| admit::fence(known(record, id)?, &claim))
-            }
+            Message::Fence(id, claim, forced) => self.fence(there, id, &claim, forced),
             Message::Release(id, claim) => {
                 if self.journals[there].stones.contains_key(&claim.grant) {
                     return Ok(());
@@ -566,8 +600,65 @@ impl Cluster {
     fn delete(&mut self, node: usize) -> Result<(), Stop> {
         let (id, handle) = (self.id, self.handle(node));
         let Some(at) = self.newest_at(node) else { return Ok(()) };
+        if self.let_go(at)? {
+            return Ok(());
+        }
         self.admit(at, |record| admit::delete(known(record, id)?, handle.as_ref()))?;
         self.deleted = true;
+        self.converge(at)
+    }
+
+    /// Deletes a fenced copy that its borrower has forgotten; whether it was one.
+    fn let_go(&mut self, at: At) -> Result<bool, Stop> {
+        let Some(record) = self.record(at) else { return Ok(false) };
+        let Some(lent) = record.lent().filter(|lent| lent.stage == LentStage::Fenced) else {
+            return Ok(false);
+        };
+        let to = lent.to.clone();
+        let released = self.sabotage == Some(Sabotage::DeletesUnasked)
+            || self.call(at.node, &to.node, |cluster, there| {
+                Ok(Self::fate(&cluster.journals[there], to.grant).released)
+            })? == Ok(true);
+        if !released {
+            return Ok(false);
+        }
+        let id = self.id;
+        self.request(at, |record| forget::delete_fenced(known(record, id)?, released))?;
+        Ok(true)
+    }
+
+    fn forget_source(&mut self, node: usize) -> Result<(), Stop> {
+        let Some(at) = self.newest_at(node) else { return Ok(()) };
+        // A source that still answers is told rather than forgotten.
+        if let stop @ Err(Stop::Crash(_)) = self.converge(at) {
+            return stop;
+        }
+        let Some(record) = self.record(at) else { return Ok(()) };
+        let alive = forget::is_alive(&self.world.look(node, &record));
+        forget::may_forget(&record, alive).map_err(Stop::Refused)?;
+        let loses = forget::loses(&record);
+        let missing = self.world.missing(node, &record);
+        if loses && missing.is_none() {
+            return Err(Stop::Stuck("no clone can tell what is here".to_owned()));
+        }
+        let missing = missing.unwrap_or_default();
+        let mut committed = 0;
+        if loses {
+            let length = record.receiving().unwrap().length.bytes() / REGION_BYTES;
+            committed = length - missing.len() as u64;
+            if self.sabotage != Some(Sabotage::ForgetsWhatIsNotCommitted) {
+                self.world.commit(node, &record);
+            } else {
+                committed = 0;
+            }
+        }
+        let begun =
+            self.admit(at, |record| forget::forget_source(record.unwrap(), alive, committed))?;
+        if begun && loses {
+            for region in missing {
+                self.known[region] = Known { since_flush: vec![], cut: false, lost: true };
+            }
+        }
         self.converge(at)
     }
 
@@ -660,9 +751,9 @@ impl Cluster {
         outcome
     }
 
-    fn switch(&mut self, node: usize) -> Result<(), Stop> {
+    fn switch(&mut self, node: usize, force: bool) -> Result<(), Stop> {
         let id = self.id;
-        self.request_newest(node, |record| admit::switch(known(record, id)?))
+        self.request_newest(node, |record| admit::switch(known(record, id)?, force))
     }
 
     fn abort(&mut self, node: usize) -> Result<(), Stop> {
@@ -698,28 +789,34 @@ impl Cluster {
     fn check(&mut self, region: usize, value: u64) {
         assert_ne!(value, FOREIGN, "another volume's past shows in region {region}");
         let known = &mut self.known[region];
+        let none = known.lost && known.since_flush.is_empty();
+        assert!(!none, "region {region} was lost, and yet reads {value}");
         if known.cut {
             assert!(known.since_flush.contains(&value), "region {region}: {value} of {known:?}");
             // What survived the cut is what is there from now on.
             known.since_flush = vec![value];
             known.cut = false;
+            known.lost = false;
         } else {
             assert_eq!(known.since_flush.last(), Some(&value), "region {region} is stale");
         }
     }
 
     fn power_cut(&mut self, node: usize) {
+        self.running[node] = false;
         self.world.power_cut(node);
         // What was acknowledged elsewhere is not in this node's caches.
         let writes_here = self.writer == Some(node);
         for known in &mut self.known {
-            known.cut |= writes_here && known.since_flush.len() > 1;
+            let written = known.since_flush.len() + usize::from(known.lost);
+            known.cut |= writes_here && written > 1;
         }
     }
 
     fn run(&mut self, op: &Op) {
         let outcome = match *op {
             Op::Delete(node) => self.delete(node),
+            Op::ForgetSource(node) => self.forget_source(node),
             // Placement is the caller's: a volume has one home, and an id one life.
             Op::Create(_) if self.deleted => Ok(()),
             Op::Create(node) => match self.homes().iter().any(|home| *home != node) {
@@ -731,8 +828,12 @@ impl Cluster {
             Op::Attach(node, named) => self.attach(node, named),
             Op::Detach(node) => self.detach(node),
             Op::Move(from, to, hold) => self.begin_move(from, to, hold),
-            Op::Switch(node) => self.switch(node),
+            Op::Switch(node, force) => self.switch(node, force),
             Op::Abort(node) => self.abort(node),
+            Op::Guest(node, runs) => {
+                self.running[node] = runs;
+                Ok(())
+            }
             Op::Tend(node) => self.converge_all(node),
             Op::Write(node, region) => {
                 self.write(node, region);
@@ -801,12 +902,13 @@ impl Cluster {
         self.world.fault = None;
         self.world.network = true;
         self.lose_answers = false;
+        self.running = [false; NODES];
         for round in 0..80 {
             for node in 0..NODES {
                 self.world.close_all(node);
                 if let Some(record) = self.journals[node].newest(self.id).cloned() {
                     if round > 20 && record.receiving().is_some_and(|r| !r.stage.is_taken()) {
-                        let _ = self.switch(node);
+                        let _ = self.switch(node, false);
                         let _ = self.abort(node);
                     }
                     // A grant that nobody has received.
@@ -820,8 +922,28 @@ impl Cluster {
                 }
                 self.end_copies(node, round);
                 let _ = self.converge_all(node);
+                let copies: Vec<_> = self.journals[node].copies.keys().copied().collect();
+                for (id, generation) in copies {
+                    let _ = self.let_go(At { node, id, generation });
+                }
+                if round > 40 {
+                    self.rewrite_what_is_lost(node);
+                }
             }
             self.world.hydrate();
+        }
+    }
+
+    /// A consumer writes what it can read no more.
+    fn rewrite_what_is_lost(&mut self, node: usize) {
+        let Some(record) = self.journals[node].newest(self.id).cloned() else { return };
+        if !record.is_damaged() || self.deleted || self.attach(node, true).is_err() {
+            return;
+        }
+        for region in self.world.missing(node, &record).unwrap_or_default() {
+            assert_eq!(self.world.read_handle(node, &record, region), Io::Failed);
+            assert!(self.known[region].lost, "more is lost than was said: region {region}");
+            self.write(node, region);
         }
     }
 
@@ -869,12 +991,14 @@ enum Op {
     Create(usize),
     Extend(usize, usize),
     Delete(usize),
+    ForgetSource(usize),
     Redeliver(usize),
     Attach(usize, bool),
     Detach(usize),
     Move(usize, usize, bool),
-    Switch(usize),
+    Switch(usize, bool),
     Abort(usize),
+    Guest(usize, bool),
     Tend(usize),
     Write(usize, usize),
     Read(usize, usize),
@@ -902,12 +1026,15 @@ fn any_op() -> impl Strategy<Value = Op> {
     prop_oneof![
         2 => node.clone().prop_map(Op::Create),
         1 => node.clone().prop_map(Op::Delete),
+        2 => node.clone().prop_map(Op::ForgetSource),
         2 => (0usize..100).prop_map(Op::Redeliver),
         2 => (node.clone(), SMALL..=REGIONS).prop_map(|(node, to)| Op::Extend(node, to)),
         4 => (node.clone(), any::<bool>()).prop_map(|(node, named)| Op::Attach(node, named)),
         2 => node.clone().prop_map(Op::Detach),
         6 => (way, any::<bool>()).prop_map(|((from, to), hold)| Op::Move(from, to, hold)),
-        4 => node.clone().prop_map(Op::Switch),
+        4 => (node.clone(), prop::bool::weighted(0.2))
+            .prop_map(|(node, force)| Op::Switch(node, force)),
+        2 => (node.clone(), any::<bool>()).prop_map(|(node, runs)| Op::Guest(node, runs)),
         2 => node.clone().prop_map(Op::Abort),
         4 => node.clone().prop_map(Op::Tend),
         8 => (node.clone(), region.clone()).prop_map(|(node, region)| Op::Write(node, region)),
@@ -946,7 +1073,7 @@ fn story(cluster: &mut Cluster) -> Result<(), Stop> {
     cluster.write(0, SMALL);
     cluster.converge_all(1)?;
     cluster.read(1, SMALL);
-    cluster.switch(1)?;
+    cluster.switch(1, false)?;
     cluster.write(1, SMALL);
     cluster.extend(1, REGIONS)?;
     cluster.read(1, REGIONS - 1);
@@ -991,7 +1118,7 @@ fn a_source_that_was_fenced_stays_closed_when_it_boots() {
     cluster.create(0).unwrap();
     cluster.attach(0, false).unwrap();
     cluster.begin_move(0, 1, true).unwrap();
-    cluster.switch(1).unwrap();
+    cluster.switch(1, false).unwrap();
     cluster.power_cut(0);
     cluster.converge_all(0).unwrap();
     let record = cluster.journals[0].newest(cluster.id).cloned().unwrap();

@@ -62,6 +62,9 @@ enum Order {
         /// What `run` left
         #[arg(long)]
         state: PathBuf,
+        /// Counts regions that cannot be read instead of failing, and checks the rest
+        #[arg(long)]
+        lacking: bool,
         /// A later state: whatever was begun until then may be there
         #[arg(long)]
         until: Option<PathBuf>,
@@ -100,7 +103,9 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().order {
         Order::Fill { device, seed } => fill(&device, seed),
         Order::Run(run) => run.run(),
-        Order::Verify { device, state, until } => verify(&device, &state, until.as_deref()),
+        Order::Verify { device, state, lacking, until } => {
+            verify(&device, &state, until.as_deref(), lacking)
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -288,7 +293,7 @@ fn fill(device: &Path, seed: u64) -> Result<()> {
     device.flush()
 }
 
-fn verify(device: &Path, state: &Path, until: Option<&Path>) -> Result<()> {
+fn verify(device: &Path, state: &Path, until: Option<&Path>, lacking: bool) -> Result<()> {
     let mut map = read_map(state)?;
     if let Some(until) = until {
         for (entry, later) in map.entries.iter_mut().zip(read_map(until)?.entries) {
@@ -299,8 +304,15 @@ fn verify(device: &Path, state: &Path, until: Option<&Path>) -> Result<()> {
     let known = map.entries.len() as u64;
     ensure!(known <= device.blocks, "the device has {} blocks, not {known}", device.blocks);
     let mut wrong = Vec::new();
-    for first in (0..known).step_by(usize::try_from(BATCH)?) {
-        let memory = device.read(first, BATCH.min(known - first))?;
+    let (mut lacks, step) = (0, if lacking { REGION } else { BATCH });
+    for first in (0..known).step_by(usize::try_from(step)?) {
+        let memory = match device.read(first, step.min(known - first)) {
+            Err(error) if lacking && is_io_error(&error) => {
+                lacks += 1;
+                continue;
+            }
+            read => read?,
+        };
         for (block, number) in memory.chunks_exact(BLOCK).zip(first..) {
             wrong.extend(map.check(number, block).err());
         }
@@ -308,8 +320,17 @@ fn verify(device: &Path, state: &Path, until: Option<&Path>) -> Result<()> {
     if let Some(first) = wrong.first() {
         bail!("{} blocks are wrong; {first:#}", wrong.len());
     }
+    if lacking {
+        println!("lacking: {lacks} regions");
+    }
     println!("right: {known} blocks");
     Ok(())
+}
+
+/// Whether the device itself failed a request.
+fn is_io_error(error: &anyhow::Error) -> bool {
+    let cause = error.root_cause().downcast_ref::<std::io::Error>();
+    cause.is_some_and(|error| error.raw_os_error() == Some(libc::EIO))
 }
 
 /// One request of the mix.
@@ -439,7 +460,7 @@ mod test {
         fill(&device, 7).unwrap();
         for durable in [false, true, false] {
             run(directory.path(), 70, durable).run().unwrap();
-            verify(&device, &directory.path().join("state"), None).unwrap();
+            verify(&device, &directory.path().join("state"), None, false).unwrap();
         }
         let map = read_map(&directory.path().join("state")).unwrap();
         assert!(map.entries.iter().all(|entry| entry.settled == entry.latest));
@@ -447,7 +468,7 @@ mod test {
 
         let file = OpenOptions::new().write(true).open(&device).unwrap();
         file.write_all_at(&block(7, 100, map.entries[100].latest + 1), 100 * 4096).unwrap();
-        let error = verify(&device, &directory.path().join("state"), None).unwrap_err();
+        let error = verify(&device, &directory.path().join("state"), None, false).unwrap_err();
         assert!(format!("{error:#}").contains("1 blocks are wrong; block 100"), "{error:#}");
     }
 }

@@ -1,4 +1,4 @@
-//! Two nodes, and words for what scenarios do on them.
+//! Two nodes or three, and words for what scenarios do on them.
 
 use std::fs;
 use std::thread;
@@ -24,15 +24,20 @@ const LEFT: &str = "
     ls /dev/mapper | grep dmlocal-........-....-
     true";
 
-/// Two nodes with dmlocal on them.
+/// Nodes with dmlocal on them.
 pub struct Bed {
     cluster: Cluster,
 }
 
 impl Bed {
-    /// Starts them.
-    pub fn start() -> Result<Bed> {
-        Ok(Bed { cluster: Cluster::start(&Options::default())? })
+    /// Starts so many.
+    pub fn start(nodes: usize) -> Result<Bed> {
+        Ok(Bed { cluster: Cluster::start(&Options { nodes, ..Options::default() })? })
+    }
+
+    /// How many there are.
+    pub fn nodes(&self) -> usize {
+        self.cluster.nodes().len()
     }
 
     /// The first node, mostly the source.
@@ -45,12 +50,17 @@ impl Bed {
         &self.cluster.nodes()[1]
     }
 
+    /// The third node, of scenarios that ask for one.
+    pub fn c(&self) -> &Node {
+        &self.cluster.nodes()[2]
+    }
+
     /// What the emulator did to a node.
     pub fn emulator_failed(&self) -> Option<String> {
         self.cluster.emulator_failed()
     }
 
-    /// Nothing of any volume is left on either node.
+    /// Nothing of any volume is left on any node.
     pub fn is_clean(&self) -> Result<()> {
         self.cluster.each(|node| {
             until("nothing to be left", SOON, || {
@@ -262,6 +272,24 @@ impl Volume {
         let state = self.state();
         let argv = ["dmlocal-writer", "verify", "--device", &self.device, "--state", &state];
         on.exec(&argv)?.ok().with_context(|| on.name()).map(drop)
+    }
+
+    /// Checks every byte that can be read; returns how many regions cannot.
+    pub fn lacking(&self, on: &Node) -> Result<u64> {
+        let (device, state) = (&self.device, self.state());
+        let line = format!("dmlocal-writer verify --device {device} --state {state} --lacking");
+        let told = on.exec(&line.split_whitespace().collect::<Vec<_>>())?.ok()?;
+        let mut lines = told.lines().filter_map(|line| line.strip_prefix("lacking: "));
+        let count = lines.next().and_then(|line| line.strip_suffix(" regions"));
+        count.and_then(|count| count.parse().ok()).context("no count of what is lacking")
+    }
+
+    /// Writes the whole of it, in whole regions, and forgets what was there.
+    pub fn rewrite(&self, on: &Node) -> Result<()> {
+        let seed = self.seed.to_string();
+        on.exec(&["rm", &self.state()])?.ok()?;
+        on.exec(&["dmlocal-writer", "fill", "--device", &self.device, "--seed", &seed])?.ok()?;
+        self.write(on, "--count 10")?.stop(on).map(drop)
     }
 
     /// Detaches and deletes it.

@@ -193,6 +193,14 @@ pub fn a_source_that_lost_power_is_waited_for(bed: &Bed) -> Result<()> {
     a.kill()?;
     let stalled = volume.wait_for(b, "stalled", LATER)?;
     ensure!(stalled["stalled_since_s"].is_u64(), "{stalled}");
+    volume.wait_until(b, "why", SOON, |seen| {
+        let detail = seen["detail"].as_str().unwrap_or_default();
+        detail.starts_with("stalled: source node-a unreachable since 2")
+            && detail.ends_with(" bytes still there")
+    })?;
+    // dm-clone would not tell that it cannot go on: it is told to stop.
+    let clone = b.shell("dmsetup status --noflush --target clone")?.ok()?;
+    ensure!(clone.contains(" no_hydration "), "{clone}");
     writer.check()?;
     a.start()?;
     volume.wait_for(b, "hydrating", LATER)?;

@@ -91,6 +91,49 @@ pub fn the_first_write_at_the_destination_switches_over(bed: &Bed) -> Result<()>
     volume.delete(b)
 }
 
+pub fn a_source_that_is_still_written_is_not_fenced(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 32)?;
+    let writer = volume.write(a, "")?;
+    writer.progress()?;
+    volume.start_move(a, b, "--hold --wait")?;
+    // Not the guest: somebody who flushes what the destination holds.
+    let flush = b.spawn(&["sync", &volume.device])?;
+    volume.wait_until(b, "the flush to wait", SOON, |seen| {
+        seen["held_writes"].as_u64().is_some_and(|count| count > 0)
+    })?;
+    let switch = format!("volume switch {}", volume.id);
+    refused(b, &switch, "SOURCE_ACTIVE")?;
+    for _ in 0..3 {
+        writer.progress()?;
+    }
+    let held = volume.status(b)?.context("the destination has no such volume")?;
+    ensure!(held["state"] == "held" && !flush.has_ended(), "{held}");
+    let published = volume.status(a)?.context("the source has no such volume")?;
+    ensure!(published["state"] == "published", "{published}");
+    // Once it is not written any more, the switch goes on by itself.
+    writer.stop(a)?;
+    volume.carry_state(a, b)?;
+    volume.wait_until(b, "the switch", SOON, |seen| seen["state"] != "held")?;
+    ensure!(flush.wait(SOON)?.success(), "the flush that waited failed");
+    volume.finish_move(a, b)?;
+    volume.verify(b)?;
+    // Somebody's word goes before what the source sees, which then meets errors.
+    volume.start_move(b, a, "--hold --wait")?;
+    let stubborn = volume.write(b, "")?;
+    stubborn.wait_for_first_write()?;
+    refused(a, &switch, "SOURCE_ACTIVE")?;
+    ctl(a, &format!("{switch} --force"))?;
+    until("the writer to be cut off", SOON, || {
+        Ok(if stubborn.check().is_err() { Ok(()) } else { Err(String::new()) })
+    })?;
+    stubborn.lost();
+    volume.carry_state(b, a)?;
+    volume.finish_move(b, a)?;
+    volume.verify(a)?;
+    volume.delete(a)
+}
+
 pub fn a_detached_volume_moves_cold_and_an_attached_one_does_not(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create_full(a, 32)?;

@@ -410,7 +410,8 @@ impl Moves for Agent {
     }
 
     async fn switch(&self, request: Request<SwitchRequest>) -> Result<Response<Volume>, Status> {
-        self.note(format!("Switch {}", request.get_ref().id));
+        let force = if request.get_ref().force { " by force" } else { "" };
+        self.note(format!("Switch {}{force}", request.get_ref().id));
         self.known(&request.into_inner().id).map(Response::new)
     }
 
@@ -444,10 +445,37 @@ impl Moves for Agent {
     ) -> Result<Response<Volume>, Status> {
         let ask = request.into_inner();
         self.note(format!(
-            "Tune {} {:?} {:?} {:?}",
-            ask.id, ask.rate_bytes_per_s, ask.threshold, ask.batch
+            "Tune {} {:?} {:?} {:?} {:?}",
+            ask.id, ask.rate_bytes_per_s, ask.threshold, ask.batch, ask.priority
         ));
         self.known(&ask.id).map(Response::new)
+    }
+
+    async fn forget_source(
+        &self,
+        request: Request<ForgetSourceRequest>,
+    ) -> Result<Response<ForgetSourceResponse>, Status> {
+        let ask = request.into_inner();
+        self.note(format!("ForgetSource {} {}", ask.id, ask.accept_data_loss));
+        let volume = self.known(&ask.id)?;
+        Ok(Response::new(ForgetSourceResponse {
+            volume: Some(volume),
+            bytes_lost: 3 << 20,
+            regions_lost: 48,
+        }))
+    }
+
+    async fn guest_left(
+        &self,
+        request: Request<GuestLeftRequest>,
+    ) -> Result<Response<GuestLeftResponse>, Status> {
+        let id = request.into_inner().id;
+        self.note(format!("GuestLeft {id}"));
+        self.known(&id).map(|_| Response::new(GuestLeftResponse {}))
+    }
+
+    async fn hasten(&self, _: Request<HastenRequest>) -> Result<Response<HastenResponse>, Status> {
+        Err(Status::unimplemented("not dmlocalctl's business"))
     }
 
     async fn fence(&self, _: Request<FenceRequest>) -> Result<Response<FenceResponse>, Status> {

@@ -81,6 +81,12 @@ fn every_command_asks_for_what_it_was_told() {
         (&["volume", "extend", ID, "--size", "1GiB"], format!("Extend {ID} 1073741824"), "ID"),
         (&["volume", "switch", ID], format!("Switch {ID}"), "ID"),
         (
+            &["volume", "forget-source", ID, "--i-accept-data-loss"],
+            format!("ForgetSource {ID} true"),
+            "lost: 3MiB (3145728 bytes) in 48 regions\n",
+        ),
+        (&["volume", "switch", ID, "--force"], format!("Switch {ID} by force"), "ID"),
+        (
             &["volume", "create", OTHER, "--from-volume", ID, "--pool", "fast"],
             format!("Create {OTHER} 0 fast of volume {ID}"),
             &format!("{OTHER}\n"),
@@ -110,12 +116,17 @@ fn every_command_asks_for_what_it_was_told() {
         (&["hydration", "resume", ID], format!("Resume {ID}"), "ID"),
         (
             &["hydration", "set", ID, "--rate", "10MiB"],
-            format!("Tune {ID} Some(10485760) None None"),
+            format!("Tune {ID} Some(10485760) None None None"),
             "ID",
         ),
         (
             &["hydration", "set", ID, "--threshold", "4", "--batch", "8"],
-            format!("Tune {ID} None Some(4) Some(8)"),
+            format!("Tune {ID} None Some(4) Some(8) None"),
+            "ID",
+        ),
+        (
+            &["hydration", "set", ID, "--priority", "-5"],
+            format!("Tune {ID} None None None Some(-5)"),
             "ID",
         ),
     ];
@@ -142,6 +153,8 @@ fn in_json_every_command_prints_one_value() {
     assert_eq!(json(&["volume", "show", ID])["pool"], "fast");
     assert_eq!(json(&["volume", "extend", ID, "--size", "1GiB"])["id"], ID);
     assert_eq!(json(&["volume", "switch", ID])["id"], ID);
+    let forgotten = json(&["volume", "forget-source", ID, "--i-accept-data-loss"]);
+    assert_eq!((&forgotten["regions_lost"], &forgotten["volume"]["id"]), (&48.into(), &ID.into()));
     assert_eq!(json(&["hydration", "pause", ID])["id"], ID);
     assert_eq!(json(&["volume", "list"]).as_array().unwrap().len(), 2);
     assert_eq!(json(&["pool", "list"])[0]["name"], "fast");
@@ -213,6 +226,7 @@ fn a_wrong_command_line_exits_2() {
         &["volume", "extend", ID, "--size", "-1"],
         &["volume", "move", ID, "--from", "unix:///a"],
         &["volume", "move", ID, "--from", "http://a:1", "--to", "unix:///b"],
+        &["volume", "forget-source", ID],
         &["hydration", "set", ID],
         &["hydration", "set", ID, "--threshold", "x"],
         &["status", "--endpoint", "http://a:1"],

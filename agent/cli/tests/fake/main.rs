@@ -2,6 +2,7 @@
 
 mod agent;
 mod commands;
+mod hooks;
 mod moves;
 mod snapshots;
 mod tls;

@@ -13,7 +13,7 @@ use std::{
 };
 
 use dmlocal_model::{
-    admit::{self, Admitted, Change, Claim, GrantRequest, Offer, PoolRoom},
+    admit::{self, Admitted, Change, Claim, Evidence, GrantRequest, Offer, PoolRoom},
     name::{NQN_PREFIX, Role, VolumeId},
     plan::{self, Call, Next, Seen, Step, Wait},
     sim::{Io, REGION, REGIONS, VOLUME_BYTES, World},
@@ -331,7 +331,7 @@ impl Story<'_> {
             incarnation: source.incarnation,
             generation: source.generation,
         };
-        let source = granted(admit::fence(&source, &claim), &source);
+        let source = granted(admit::fence(&source, &claim, Evidence::Quiet), &source);
         let source = self.drive(source).unwrap();
 
         self.tell("receive");

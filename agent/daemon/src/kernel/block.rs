@@ -19,7 +19,7 @@ use std::{
 
 use dmlocal_model::units::{DevNo, SECTOR_BYTES};
 
-use super::dm::describe;
+use super::{Written, dm::describe};
 
 /// What dm-clone looks at before it formats (drivers/md/dm-clone-metadata.c,
 /// `__superblock_all_zeroes`): one 4 KiB block.
@@ -164,6 +164,36 @@ fn block_discards_in(sys: &Path, device: DevNo) -> io::Result<()> {
     }
 }
 
+/// What was written through a device, by the kernel's own counters.
+///
+/// # Errors
+/// The kernel has none for it.
+pub fn written(device: DevNo) -> io::Result<Written> {
+    written_in(Path::new("/sys"), device)
+}
+
+fn written_in(sys: &Path, device: DevNo) -> io::Result<Written> {
+    let text = |name| {
+        let path = attribute_path(sys, device, name);
+        fs::read_to_string(path).map_err(|error| about(&format!("read {name} of"), device, error))
+    };
+    counted(&text("stat")?, &text("inflight")?).ok_or_else(|| {
+        about("count the writes of", device, io::Error::other("not the kernel's words"))
+    })
+}
+
+/// Of `stat` the 5th, 12th and 16th number are writes, discards and flushes that have
+/// ended; of `inflight` the 2nd is writes that have not (block/genhd.c,
+/// `part_stat_show` and `part_inflight_show`). Older kernels count no flushes.
+fn counted(stat: &str, inflight: &str) -> Option<Written> {
+    let number =
+        |text: &str, nth: usize| text.split_ascii_whitespace().nth(nth)?.parse::<u64>().ok();
+    let done = number(stat, 4)?
+        .saturating_add(number(stat, 11).unwrap_or(0))
+        .saturating_add(number(stat, 15).unwrap_or(0));
+    Some(Written { done, under_way: number(inflight, 1)? })
+}
+
 fn attribute_path(sys: &Path, device: DevNo, name: &str) -> PathBuf {
     sys.join(format!("dev/block/{device}")).join(name)
 }
@@ -218,6 +248,16 @@ mod test {
         // A kernel that does not take it: the file keeps what follows the zero.
         fs::write(attribute_path(sys.path(), DEVICE, "queue/discard_max_bytes"), "65536").unwrap();
         assert!(block_discards_in(sys.path(), DEVICE).is_err());
+    }
+
+    #[test]
+    fn writes_are_counted_and_reads_are_not() {
+        let sys =
+            sys(&[("stat", "9 0 8 7 20 0 6 5 0 4 3 300 0 2 1 4000 0\n"), ("inflight", " 5 2\n")]);
+        let seen = written_in(sys.path(), DEVICE).unwrap();
+        assert_eq!(seen, Written { done: 4320, under_way: 2 });
+        assert_eq!(counted("9 0 8 7 20 0 6 5 0 4 3", "0 0").map(|seen| seen.done), Some(20));
+        assert_eq!(counted("", "0 0"), None);
     }
 
     #[test]

@@ -160,7 +160,7 @@ impl Dm {
     }
 
     fn load(&self, name: &DmName, table: &Table) -> io::Result<()> {
-        let read_only = matches!(table.target, Target::Queue { .. });
+        let read_only = matches!(table.target, Target::Queue { .. } | Target::Lost);
         let flags = if read_only { DmFlags::DM_READONLY } else { DmFlags::empty() };
         let line = |(start, length, target): (Sectors, Sectors, &Target)| {
             (start.0, length.0, target.kind().to_owned(), target.params())

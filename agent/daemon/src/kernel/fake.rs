@@ -15,7 +15,7 @@ use dmlocal_model::{
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use super::{Kernel, PoolFacts, PoolUsage, StepError};
+use super::{Kernel, PoolFacts, PoolUsage, StepError, Written};
 
 /// One node of a simulated world.
 pub(crate) struct FakeKernel {
@@ -102,6 +102,11 @@ impl Kernel for FakeKernel {
 
     fn held(&self, record: &Record) -> Result<u64, StepError> {
         Ok(locked(&self.world).look(self.node, record).held)
+    }
+
+    fn written(&self, record: &Record) -> Result<Option<Written>, StepError> {
+        let done = locked(&self.world).written(self.node, record);
+        Ok(done.map(|done| Written { done, under_way: 0 }))
     }
 
     fn apply(&self, record: &Record, step: &Step) -> Result<Option<Event>, StepError> {

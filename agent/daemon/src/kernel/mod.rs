@@ -83,6 +83,15 @@ impl PoolUsage {
     }
 }
 
+/// How much was written through a handle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Written {
+    /// Writes, discards and flushes that have ended since the device was made.
+    pub done: u64,
+    /// Writes that have not ended.
+    pub under_way: u64,
+}
+
 /// The kernel and LVM, as far as dmlocal uses them. Calls block; they are made
 /// from blocking tasks.
 pub trait Kernel: Send + Sync + 'static {
@@ -145,6 +154,13 @@ pub trait Kernel: Send + Sync + 'static {
     /// # Errors
     /// Device-mapper cannot be asked.
     fn held(&self, record: &Record) -> Result<u64, StepError>;
+
+    /// How much was written through the handle; `None` when nobody has it open.
+    /// Cheap.
+    ///
+    /// # Errors
+    /// The kernel cannot be asked.
+    fn written(&self, record: &Record) -> Result<Option<Written>, StepError>;
 
     /// Does one step; doing it again is harmless. The event is what an
     /// allocation yields.

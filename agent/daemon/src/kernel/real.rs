@@ -19,7 +19,7 @@ use dmlocal_model::{
 use uuid::Uuid;
 
 use super::{
-    Kernel, PoolFacts, PoolUsage, StepError, block,
+    Kernel, PoolFacts, PoolUsage, StepError, Written, block,
     dm::{self, Dm, Remove, Udev},
     exec,
     lvm::{self, LvmError, Vg},
@@ -520,6 +520,11 @@ impl Kernel for RealKernel {
 
     fn held(&self, record: &Record) -> Result<u64, StepError> {
         held_in(&self.dm, record, self.device(record, Role::Handle)?.as_ref())
+    }
+
+    fn written(&self, record: &Record) -> Result<Option<Written>, StepError> {
+        let handle = self.device(record, Role::Handle)?.filter(|handle| handle.open_count > 0);
+        Ok(handle.map(|handle| block::written(handle.number)).transpose()?)
     }
 
     fn apply(&self, record: &Record, step: &Step) -> Result<Option<Event>, StepError> {

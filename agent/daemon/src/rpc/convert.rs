@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::{
     reconcile::{ServiceError, View},
-    service::bytes_left,
+    service::{Forgotten, bytes_left, lost},
 };
 
 /// Longest endpoint, node name or NQN that is taken from a caller (NVMe base
@@ -183,6 +183,7 @@ fn state(view: &View) -> v1::VolumeState {
         | ReceivingStage::Held
         | ReceivingStage::Refused
         | ReceivingStage::Switching => S::Held,
+        ReceivingStage::Hydrating if receiving.forgotten => S::Damaged,
         ReceivingStage::Hydrating if view.stalled_since.is_some() => S::Stalled,
         ReceivingStage::Hydrating => S::Hydrating,
         ReceivingStage::Collapsing | ReceivingStage::Parting => S::Collapsing,
@@ -198,6 +199,7 @@ pub(super) fn volume(view: &View) -> v1::Volume {
     let record = &view.record;
     let receiving = record.receiving();
     let lent = record.lent();
+    let lost = lost(view);
     let bytes_left = bytes_left(view);
     let percent = receiving.map(|receiving| {
         let total = hydration::regions(receiving.length, receiving.region);
@@ -210,7 +212,7 @@ pub(super) fn volume(view: &View) -> v1::Volume {
         let share = 100.0 * here as f64 / total.max(1) as f64;
         (share * 100.0).floor() / 100.0
     });
-    let rate = receiving.and(view.rate);
+    let rate = receiving.filter(|receiving| !receiving.forgotten).and(view.rate);
     let eta = match (bytes_left, rate) {
         (Some(left), Some(rate)) if rate > 0 => Some(left.div_ceil(rate)),
         _ => None,
@@ -226,10 +228,12 @@ pub(super) fn volume(view: &View) -> v1::Volume {
         device_path: (record.attached && here)
             .then(|| DmName::new(record.id, record.generation, Role::Handle).path()),
         percent,
-        bytes_left,
+        bytes_left: bytes_left.filter(|_| lost.is_none()),
         rate_bytes_per_s: rate,
         eta_s: eta,
-        source_node: receiving.map(|receiving| receiving.source.node.clone()),
+        source_node: receiving
+            .filter(|receiving| !receiving.forgotten)
+            .map(|receiving| receiving.source.node.clone()),
         generation: record.generation.0,
         detail: view.detail.clone(),
         pool: record.pool.clone(),
@@ -246,6 +250,7 @@ pub(super) fn volume(view: &View) -> v1::Volume {
             rate_bytes_per_s: record.tuning.rate,
             threshold: record.tuning.threshold,
             batch: record.tuning.batch,
+            priority: record.tuning.priority,
         }),
         stalled_since_s: view.stalled_since.map(seconds),
         held_writes: receiving
@@ -254,7 +259,17 @@ pub(super) fn volume(view: &View) -> v1::Volume {
                 matches!(receiving.stage, S::Held | S::Refused | S::Switching)
             })
             .map(|_| view.seen.as_ref().map_or(0, |seen| seen.held)),
+        bytes_lost: lost.map(|lost| lost.bytes),
         source: record.lineage.made_of.map(made_of),
+    }
+}
+
+/// What was given up with a source, as callers see it.
+pub(super) fn forgotten(forgotten: &Forgotten) -> v1::ForgetSourceResponse {
+    v1::ForgetSourceResponse {
+        volume: forgotten.view.as_ref().map(volume),
+        bytes_lost: forgotten.lost.bytes,
+        regions_lost: forgotten.lost.regions,
     }
 }
 

@@ -91,7 +91,7 @@ impl v1::moves_server::Moves for Face {
         let which = convert::which(&request.id, request.generation, request.incarnation.as_deref())
             .map_err(status)?;
         let service = Arc::clone(&self.service);
-        let view = whole(async move { service.switch(which).await }).await?;
+        let view = whole(async move { service.switch(which, request.force).await }).await?;
         Ok(Response::new(convert::volume(&view)))
     }
 
@@ -137,8 +137,53 @@ impl v1::moves_server::Moves for Face {
             rate: request.rate_bytes_per_s,
             threshold: request.threshold,
             batch: request.batch,
+            priority: request.priority,
         };
         self.tuned(&request.id, change).await
+    }
+
+    async fn forget_source(
+        &self,
+        request: Request<v1::ForgetSourceRequest>,
+    ) -> Result<Response<v1::ForgetSourceResponse>, Status> {
+        Caller::of(&request)?.must_be(&[Role::Operator])?;
+        let request = request.into_inner();
+        let which = convert::which(&request.id, request.generation, request.incarnation.as_deref())
+            .map_err(status)?;
+        if !request.accept_data_loss {
+            return Err(status(ServiceError::Argument {
+                field: "accept_data_loss",
+                problem: "must be true: what is only at the source is lost".into(),
+            }));
+        }
+        let service = Arc::clone(&self.service);
+        let forgotten = whole(async move { service.forget_source(which).await }).await?;
+        Ok(Response::new(convert::forgotten(&forgotten)))
+    }
+
+    async fn guest_left(
+        &self,
+        request: Request<v1::GuestLeftRequest>,
+    ) -> Result<Response<v1::GuestLeftResponse>, Status> {
+        Caller::of(&request)?.must_be(&ROLES)?;
+        let id = convert::volume_id(&request.into_inner().id).map_err(status)?;
+        let service = Arc::clone(&self.service);
+        whole(async move { service.guest_left(id).await }).await?;
+        Ok(Response::new(v1::GuestLeftResponse {}))
+    }
+
+    async fn hasten(
+        &self,
+        request: Request<v1::HastenRequest>,
+    ) -> Result<Response<v1::HastenResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let node = caller.acting_for(&[])?;
+        let request = request.into_inner();
+        let id = convert::volume_id(&request.volume_id).map_err(status)?;
+        let grant = convert::uuid("grant_id", &request.grant_id).map_err(status)?;
+        let service = Arc::clone(&self.service);
+        whole(async move { service.hasten(id, grant, node.as_deref()).await }).await?;
+        Ok(Response::new(v1::HastenResponse {}))
     }
 
     async fn fence(
@@ -153,7 +198,8 @@ impl v1::moves_server::Moves for Face {
             .map_err(status)?;
         let service = Arc::clone(&self.service);
         let size_bytes =
-            whole(async move { service.fence(id, &claim, node.as_deref()).await }).await?;
+            whole(async move { service.fence(id, &claim, request.force, node.as_deref()).await })
+                .await?;
         Ok(Response::new(v1::FenceResponse { size_bytes }))
     }
 
@@ -194,7 +240,8 @@ impl v1::moves_server::Moves for Face {
         let request = request.into_inner();
         let id = convert::volume_id(&request.volume_id).map_err(status)?;
         let grant = convert::uuid("grant_id", &request.grant_id).map_err(status)?;
-        let taken = self.service.has_taken(id, grant).map_err(status)?;
-        Ok(Response::new(v1::QueryGrantResponse { taken }))
+        let fate = self.service.grant_fate(id, grant).map_err(status)?;
+        let answer = v1::QueryGrantResponse { taken: fate.taken, released: fate.released };
+        Ok(Response::new(answer))
     }
 }

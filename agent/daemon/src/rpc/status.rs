@@ -58,9 +58,15 @@ fn classify(error: &ServiceError) -> (Code, &'static str, HashMap<String, String
         }
         ServiceError::Peer(PeerError::Refused { node, reason, .. }) => {
             // The peer's own reason, where it is one that this code knows.
-            let known = ["GRANT_UNKNOWN", "GENERATION_STALE", "GRANT_FENCED", "ROLE_FORBIDDEN"]
-                .into_iter()
-                .find(|known| known == reason);
+            let known = [
+                "GRANT_UNKNOWN",
+                "GENERATION_STALE",
+                "GRANT_FENCED",
+                "SOURCE_ACTIVE",
+                "ROLE_FORBIDDEN",
+            ]
+            .into_iter()
+            .find(|known| known == reason);
             (Code::FailedPrecondition, known.unwrap_or("PEER_REFUSED"), one("node", node.clone()))
         }
         ServiceError::SizeMismatch { .. } => {
@@ -101,11 +107,15 @@ const fn refusal_code(refusal: &Refusal) -> Code {
         | Refusal::VolumeFailed { .. }
         | Refusal::GenerationStale { .. }
         | Refusal::GrantFenced(_)
+        | Refusal::SourceActive(_)
         | Refusal::WrittenAtDestination { .. }
         | Refusal::PeerVersion { .. }
         | Refusal::PoolMissing { .. }
         | Refusal::HandleInUse { .. }
         | Refusal::ConfirmationRequired { .. }
+        | Refusal::SourceAlive { .. }
+        | Refusal::SourceNotFenced(_)
+        | Refusal::RegionsLost { .. }
         | Refusal::TargetMissing(_) => Code::FailedPrecondition,
     }
 }
@@ -118,7 +128,9 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
         | Refusal::VolumeReverting(id)
         | Refusal::SnapshotNotFound(id)
         | Refusal::VolumeNotHeld(id)
-        | Refusal::VolumeNotHydrating(id) => vec![("id", id.to_string())],
+        | Refusal::VolumeNotHydrating(id)
+        | Refusal::SourceActive(id)
+        | Refusal::SourceNotFenced(id) => vec![("id", id.to_string())],
         Refusal::VolumeExists { id, field } | Refusal::SnapshotExists { id, field } => {
             vec![("id", id.to_string()), ("field", (*field).to_owned())]
         }
@@ -136,11 +148,13 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
             ("needed_bytes", needed.to_string()),
             ("free_bytes", free.to_string()),
         ],
-        Refusal::VolumePublished { id, node } | Refusal::VolumeFenced { id, node } => {
+        Refusal::VolumePublished { id, node }
+        | Refusal::VolumeFenced { id, node }
+        | Refusal::RegionsLost { id, node } => {
             vec![("id", id.to_string()), ("node", node.clone())]
         }
         Refusal::VolumeFailed { id, why } => vec![("id", id.to_string()), ("why", why.clone())],
-        Refusal::MoveToSelf(node) => vec![("node", node.clone())],
+        Refusal::MoveToSelf(node) | Refusal::SourceAlive { node } => vec![("node", node.clone())],
         Refusal::GenerationStale { present, named } => {
             vec![("present", present.to_string()), ("named", named.to_string())]
         }

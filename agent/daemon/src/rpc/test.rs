@@ -11,6 +11,7 @@ use std::{
 
 use dmlocal_model::{
     admit::Claim,
+    forget::GrantFate,
     name::{Generation, VolumeId},
     sim::{VOLUME_BYTES, World},
     volume::Borrower,
@@ -67,6 +68,9 @@ const MATRIX: &[(&str, &[&str])] = &[
     ("Moves/PauseHydration", &[DRIVER, OPERATOR]),
     ("Moves/ResumeHydration", &[DRIVER, OPERATOR]),
     ("Moves/TuneHydration", &[DRIVER, OPERATOR]),
+    ("Moves/ForgetSource", &[OPERATOR]),
+    ("Moves/GuestLeft", &[DRIVER, OPERATOR]),
+    ("Moves/Hasten", &[AGENT]),
     ("Moves/Fence", &[AGENT]),
     ("Moves/Release", &[AGENT]),
     ("Moves/Revoke", &[DRIVER, AGENT, OPERATOR]),
@@ -309,19 +313,22 @@ async fn an_agent_without_the_grant_changes_nothing() {
     let owner = daemon.peers_of("node-b");
     let invented = Claim { grant: Uuid::new_v4(), ..right.clone() };
     for (peers, claim) in [(&stranger, &right), (&stranger, &invented), (&owner, &invented)] {
-        let fenced = peers.fence(&node_a, id, claim).await.map(drop);
+        let fenced = peers.fence(&node_a, id, claim, false).await.map(drop);
         assert_eq!(refused(fenced), "GRANT_UNKNOWN");
         assert_eq!(refused(peers.release(&node_a, id, claim).await), "GRANT_UNKNOWN");
         assert_eq!(refused(peers.revoke(&node_a, id, claim).await), "GRANT_UNKNOWN");
     }
     let stale = Claim { generation: Generation(2), ..right.clone() };
-    assert_eq!(refused(owner.fence(&node_a, id, &stale).await.map(drop)), "GENERATION_STALE");
+    assert_eq!(
+        refused(owner.fence(&node_a, id, &stale, false).await.map(drop)),
+        "GENERATION_STALE"
+    );
     let other = Claim { incarnation: Uuid::new_v4(), ..right.clone() };
-    assert_eq!(refused(owner.fence(&node_a, id, &other).await.map(drop)), "GRANT_UNKNOWN");
+    assert_eq!(refused(owner.fence(&node_a, id, &other, false).await.map(drop)), "GRANT_UNKNOWN");
     assert_eq!(refused(owner.release(&node_a, id, &right).await), "GRANT_UNKNOWN", "not fenced");
     assert_eq!(daemon.service.volumes.view(id).unwrap().record, granted.record);
 
-    assert_eq!(owner.fence(&node_a, id, &right).await.unwrap(), VOLUME_BYTES);
+    assert_eq!(owner.fence(&node_a, id, &right, false).await.unwrap(), VOLUME_BYTES);
     assert_eq!(refused(owner.revoke(&node_a, id, &right).await), "GRANT_FENCED");
     owner.release(&node_a, id, &right).await.unwrap();
     // The answer is that it may go; it goes by itself.
@@ -344,5 +351,5 @@ async fn a_peer_is_believed_only_under_its_own_name() {
     let answer = daemon.peers_of("node-b").query(&impostor, id, &claim).await;
     assert!(matches!(answer, Err(PeerError::Unreachable { .. })), "{answer:?}");
     let answer = daemon.peers_of("node-b").query(&daemon.peer(), id, &claim).await;
-    assert_eq!(answer, Ok(false));
+    assert_eq!(answer, Ok(GrantFate::default()));
 }

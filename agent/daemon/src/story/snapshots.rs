@@ -267,7 +267,7 @@ fn bad_requests_about_snapshots_change_nothing() {
         assert_eq!(one(b.take_snapshot(snap(5), id).await), "VOLUME_MOVING", "it is held");
         a.detach(id).await.unwrap();
         assert_eq!(one(a.revert(id, snap(1)).await), "VOLUME_PUBLISHED");
-        b.switch(id).await.unwrap();
+        b.switch(id, false).await.unwrap();
         assert_eq!(one(a.take_snapshot(snap(6), id).await), "VOLUME_FENCED");
         assert_eq!(one(a.create_of(made(2), Origin::Volume(id), "").await), "VOLUME_FENCED");
         assert_eq!(one(b.revert(id, snap(1)).await), "VOLUME_MOVING");

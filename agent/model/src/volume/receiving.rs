@@ -22,11 +22,20 @@ pub struct Receiving {
     /// Regions that are known to be here for good: an armed load that finds
     /// fewer has the wrong metadata.
     pub floor: u64,
+    /// Whether an operator has said that the source is lost for ever: nothing is
+    /// read from it any more, and it is told nothing.
+    pub forgotten: bool,
+    /// Its turn among the copies of this node: they come in the order in which their
+    /// sources were fenced. 0 before that.
+    pub turn: u64,
     /// How far the copy is.
     pub stage: ReceivingStage,
     /// The source has grown before it was fenced: the clone is made anew, and the
     /// handle holds until it is, although the source may be fenced by then.
     pub rebuild: Option<Rebuild>,
+    /// Whether a caller has said that the guest has left the source, whatever the
+    /// source sees.
+    pub forced: bool,
     /// Why nothing more may be done until the node has rebooted.
     pub failure: Option<Failure>,
 }
@@ -200,6 +209,18 @@ impl Receiving {
                 S::Discarding
             }
             (S::Discarding, Event::Retired) => S::Discarded,
+            (
+                stage @ (S::Hydrating
+                | S::Collapsing
+                | S::Parting
+                | S::Withdrawing
+                | S::Discarding
+                | S::Discarded),
+                Event::SourceForgotten,
+            ) => {
+                self.forgotten = true;
+                stage
+            }
             (
                 stage @ (S::Held | S::Refused | S::Switching | S::Hydrating),
                 Event::Failed(failure),

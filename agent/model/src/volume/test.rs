@@ -38,17 +38,23 @@ const RECEIVING: &str = "
     Refused --Failed--> Refused
     Hydrating --Floor--> Hydrating
     Hydrating --Committed--> Collapsing
+    Hydrating --SourceForgotten--> Hydrating
     Hydrating --Failed--> Hydrating
     Hydrating --DeleteAsked--> Discarding
     Collapsing --Collapsed--> Parting
+    Collapsing --SourceForgotten--> Collapsing
     Collapsing --DeleteAsked--> Discarding
     Parting --MetaRetired--> Parting
     Parting --SourceReleased--> local
+    Parting --SourceForgotten--> Parting
     Parting --DeleteAsked--> Discarding
     Aborting --AbortAsked--> Aborting
     Aborting --Retired--> Withdrawing
+    Withdrawing --SourceForgotten--> Withdrawing
     Discarding --DeleteAsked--> Discarding
-    Discarding --Retired--> Discarded";
+    Discarding --SourceForgotten--> Discarding
+    Discarding --Retired--> Discarded
+    Discarded --SourceForgotten--> Discarded";
 
 fn events() -> Vec<Event> {
     let failure = Failure { why: "why".into(), boot: Uuid::from_u128(1) };
@@ -65,6 +71,7 @@ fn events() -> Vec<Event> {
         Event::Committed,
         Event::Collapsed,
         Event::SourceReleased,
+        Event::SourceForgotten,
         Event::MetaRetired,
         Event::AbortAsked,
         Event::Retired,
@@ -115,8 +122,11 @@ fn receiving(stage: ReceivingStage, hold: bool) -> Receiving {
         length: Sectors(8),
         region: Sectors(8),
         floor: 0,
+        forgotten: false,
+        turn: 0,
         stage,
         rebuild: None,
+        forced: false,
         failure: None,
     }
 }

@@ -245,7 +245,7 @@ impl Cluster {
     /// The volume holds this, on stable storage.
     pub(super) fn is_now(&mut self, content: Content) {
         for (known, value) in self.known.iter_mut().zip(content) {
-            *known = Known { since_flush: vec![value], cut: false };
+            *known = Known { since_flush: vec![value], cut: false, lost: false };
         }
     }
 

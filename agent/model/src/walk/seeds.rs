@@ -56,6 +56,14 @@ pub(super) enum Sabotage {
     SealsTheWrongWay,
     /// What the source has grown by while it was held is left out.
     ForgetsTheGrowth,
+    /// A source is given up while regions that are here are in memory only.
+    ForgetsWhatIsNotCommitted,
+    /// What was lost with a source reads as if it had been blank.
+    InventsWhatIsLost,
+    /// A fenced copy is deleted without a word from its borrower.
+    DeletesUnasked,
+    /// The source is fenced although its guest plainly runs.
+    CutsOffTheGuest,
     /// A snapshot is taken of a copy that was handed over.
     SnapshotsWhatIsFenced,
     /// A revert removes the old data before the new is journalled.
@@ -63,7 +71,7 @@ pub(super) enum Sabotage {
 }
 
 impl Sabotage {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 15] = [
         Self::FenceLeavesTheHandle,
         Self::FenceDoesNotFlush,
         Self::OpensUnasked,
@@ -73,6 +81,10 @@ impl Sabotage {
         Self::ZeroesAgain,
         Self::SealsTheWrongWay,
         Self::ForgetsTheGrowth,
+        Self::ForgetsWhatIsNotCommitted,
+        Self::InventsWhatIsLost,
+        Self::DeletesUnasked,
+        Self::CutsOffTheGuest,
         Self::SnapshotsWhatIsFenced,
         Self::RevertsRemovingFirst,
     ];
@@ -113,6 +125,7 @@ impl Sabotage {
                 }
                 _ => Next::Do(steps),
             },
+            (Self::InventsWhatIsLost, Next::Wait(Wait::Lost)) => Next::Journal(Event::Committed),
             (Self::CollapsesEarly, Next::Wait(Wait::Hydration)) => Next::Journal(Event::Committed),
             (Self::ZeroesAgain, Next::Do(steps)) => match steps.as_slice() {
                 [Step::LoadClone { table, floor: Some(_) }] => match table.target {
@@ -212,7 +225,9 @@ fn whatever_happens_the_last_acknowledged_write_is_read() {
 /// What the oracle says of lost and stale data, and of two writers; a copy that can
 /// never be whole has lost its source. A walk that trips over its own sabotage
 /// proves nothing.
-const NOTICED: [&str; 7] = [
+const NOTICED: [&str; 10] = [
+    "was lost, and yet reads",
+    "more is lost than was said",
     "an LV that the journal knows is gone",
     "no way to rest",
     "is stale",
@@ -220,6 +235,7 @@ const NOTICED: [&str; 7] = [
     "another volume's past shows",
     "the only copy is gone",
     "two live instances of one metadata",
+    "a guest that was running was cut off",
 ];
 
 #[test]
