@@ -28,7 +28,6 @@ configfs
 dm-clone
 dm-crypt
 dm-delay
-dm-flakey
 dm-multipath
 dm-round-robin
 dm-snapshot

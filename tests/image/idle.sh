@@ -4,7 +4,7 @@ set -eu
 
 # What a table may name, and what an export or import needs. Debian's kernels
 # lack dm-clone: it is the bed's own build.
-for module in configfs dm-clone dm-crypt dm-delay dm-flakey dm-multipath dm-round-robin \
+for module in configfs dm-clone dm-crypt dm-delay dm-multipath dm-round-robin \
 	dm-snapshot dm-thin-pool dm-zero loop nvme-tcp nvmet nvmet-tcp tls; do
 	modprobe "$module"
 done

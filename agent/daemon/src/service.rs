@@ -35,7 +35,7 @@ use crate::{
 const RECEIVE_TARGETS: [&str; 4] = ["clone", "delay", "multipath", "linear"];
 
 /// What is needed before a volume can be offered.
-const GRANT_TARGETS: [&str; 3] = ["flakey", "error", "linear"];
+const GRANT_TARGETS: [&str; 3] = ["delay", "error", "linear"];
 
 /// Room outside the thin pool below which LVM is asked again, in bytes.
 const SCARCE: u64 = 64 << 20;

@@ -148,12 +148,16 @@ fn over_clone() -> Target {
 #[test]
 fn a_held_handle_lets_no_write_through() {
     let Next::Do(steps) = next(&receiving(ReceivingStage::Held), &swing()) else { panic!() };
-    assert_eq!(steps, [Step::Set(Role::Handle, table(Target::Hold { device: CLONE }))]);
+    assert_eq!(
+        steps,
+        [Step::Set(Role::Handle, table(Target::Hold { device: CLONE, source: SRC }))]
+    );
 }
 
 #[test]
 fn the_first_held_write_asks_for_the_switch() {
-    let seen = Seen { handle: handle(Target::Hold { device: CLONE }), held: 1, ..swing() };
+    let seen =
+        Seen { handle: handle(Target::Hold { device: CLONE, source: SRC }), held: 1, ..swing() };
     assert_eq!(next(&receiving(ReceivingStage::Held), &seen), Next::Journal(Event::SwitchAsked));
     assert_eq!(next(&receiving(ReceivingStage::Switching), &seen), Next::Ask(Call::Fence));
 }
@@ -173,7 +177,7 @@ fn a_held_handle_grows_only_over_what_fails_every_write() {
     let mut seen = Seen {
         data: Some(Lv { device: DATA, length: grown }),
         src: long(SRC, Target::Queue { path: Some(NAMESPACE) }),
-        handle: handle(Target::Hold { device: CLONE }),
+        handle: handle(Target::Hold { device: CLONE, source: SRC }),
         import,
         ..swing()
     };
@@ -183,7 +187,10 @@ fn a_held_handle_grows_only_over_what_fails_every_write() {
     assert_eq!(steps, [Step::Set(Role::Clone, stand_in)]);
     (seen.clone, seen.clone_status) = (long(CLONE, through), None);
     let Next::Do(steps) = next(&record, &seen) else { panic!() };
-    assert_eq!(steps, [Step::GrowHeld(Table::whole(grown, Target::Hold { device: CLONE }))]);
+    assert_eq!(
+        steps,
+        [Step::GrowHeld(Table::whole(grown, Target::Hold { device: CLONE, source: SRC }))]
+    );
     // What waits already goes on waiting, in the handle as it is.
     seen.held = 1;
     assert_eq!(next(&record, &seen), Next::DoThen(Step::ZeroMeta(META), Event::Zeroed));

@@ -5,6 +5,7 @@
 //! dmlocal-<uuid>-g<n>-clone        hydrating layer
 //! dmlocal-<uuid>-g<n>-src          what is read from the source
 //! dmlocal-<uuid>-g<n>-export       what a peer reads
+//! dmlocal-refuser                  where what a peer writes fails, one for a node
 //! <vg>/dmlocal-<uuid>-g<n>         data LV
 //! <vg>/dmlocal-<uuid>-g<n>-r<k>    data LV after k reverts
 //! <vg>/dmlocal-<uuid>-g0           a snapshot, with its own UUID
@@ -28,6 +29,12 @@ pub const DM_UUID_PREFIX: &str = "DMLOCAL-";
 /// `lib/activate/dev_manager.c`); the VG's and the LV's UUIDs follow without
 /// hyphens.
 pub const LVM_UUID_PREFIX: &str = "LVM-";
+
+/// The device that fails every request, one for a node: what peers write goes there.
+/// It stays until the node goes down.
+pub fn refuser() -> DmName {
+    DmName { name: "dmlocal-refuser".to_owned(), uuid: format!("{DM_UUID_PREFIX}refuser") }
+}
 
 /// The LVM tag on every logical volume that dmlocal made.
 pub const LVM_TAG: &str = "dmlocal";

@@ -46,7 +46,7 @@ pub struct Seen {
     pub clone_status: Option<CloneStatus>,
     /// Whether the clone refuses discards.
     pub discards_blocked: bool,
-    /// Writes and flushes that wait in the handle.
+    /// Writes that wait in the handle.
     pub held: u64,
     /// The export as nvmet has it.
     pub published: Presence,
@@ -747,8 +747,10 @@ impl Plan<'_> {
     /// it holds: so it grows only while what is below fails every write, and no write
     /// waits; otherwise when it is opened.
     fn held_handle(&self, below: DevNo, may_grow: bool) -> Option<Next> {
+        // The copy is built, and so is its way to the source.
+        let source = self.seen.src.as_ref()?.number;
         let length = self.record.receiving().map_or(self.record.size, |r| r.length);
-        let wanted = Table::whole(length, Target::Hold { device: below });
+        let wanted = Table::whole(length, Target::Hold { device: below, source });
         let live = self.seen.handle.as_ref().and_then(|handle| handle.table.as_ref());
         match live {
             Some(live)

@@ -450,7 +450,7 @@ impl World {
         match mapped.live.as_ref().and_then(|table| at_region(table, region)) {
             Some(
                 Target::Linear { device, .. }
-                | Target::Hold { device }
+                | Target::Hold { device, .. }
                 | Target::ReadOnly { device, .. }
                 | Target::Queue { path: Some(device) },
             ) => match self.read(node, *device, region) {
@@ -522,18 +522,34 @@ impl World {
             }
             return Io::Done(());
         }
+        let mut imports = self.nodes[node].imports.iter();
+        if let Some((nqn, _)) = imports.find(|(_, import)| import.number == number) {
+            return match self.reached(nqn) {
+                Some((there, exported)) => self.flush(there, exported),
+                None => Io::Waits,
+            };
+        }
         let Some((_, mapped)) = self.mapped_by(node, number) else { return Io::Failed };
         if mapped.suspended {
             return Io::Waits;
         }
         match mapped.live.as_ref().map(|table| table.target.clone()) {
-            Some(Target::Linear { device, .. }) => self.flush(node, device),
-            Some(Target::Hold { .. }) => Io::Waits,
+            Some(
+                Target::Linear { device, .. }
+                | Target::ReadOnly { device, .. }
+                | Target::Hold { source: device, .. },
+            ) => self.flush(node, device),
+            Some(Target::Queue { path: Some(device) }) => match self.flush(node, device) {
+                // What fails below a queue waits in it.
+                Io::Failed => Io::Waits,
+                io => io,
+            },
+            Some(Target::Queue { path: None }) => Io::Waits,
             Some(Target::Clone { meta, dest, .. }) => {
                 self.commit_clone(node, number, meta, dest);
                 Io::Done(())
             }
-            _ => Io::Failed,
+            Some(Target::Error | Target::Lost | Target::Foreign { .. }) | None => Io::Failed,
         }
     }
 
@@ -937,7 +953,7 @@ impl World {
         let old = mapped.live.clone();
         let held =
             if mapped.inactive.is_some() { std::mem::take(&mut mapped.held) } else { vec![] };
-        if let Some(Table { target: Target::Hold { device }, .. }) = old {
+        if let Some(Table { target: Target::Hold { device, .. }, .. }) = old {
             for (region, value) in held {
                 if self.write(node, device, region, value) == Io::Done(()) {
                     self.released.push((node, region, value));

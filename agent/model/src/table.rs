@@ -23,12 +23,17 @@ pub enum Target {
         /// Where the window starts on it.
         offset: Sectors,
     },
-    /// Reads pass; writes and flushes wait ([`HOLD_MS`]).
+    /// Reads pass; writes wait ([`HOLD_MS`]). A flush asks for what was written before
+    /// to be safe, and that is at the source: there it goes.
     Hold {
         /// The device below.
         device: DevNo,
+        /// The way to the source.
+        source: DevNo,
     },
-    /// Reads pass; writes fail. nvmet cannot export read-only by itself.
+    /// Reads and flushes pass; writes fail, because they go to the node's refuser,
+    /// which fails everything. nvmet cannot export read-only by itself, and flakey,
+    /// which can fail writes, fails flushes as well.
     ReadOnly {
         /// The device below.
         device: DevNo,
@@ -117,24 +122,25 @@ impl Target {
         match self {
             Self::Error => "error",
             Self::Linear { .. } => "linear",
-            Self::Hold { .. } => "delay",
-            Self::ReadOnly { .. } => "flakey",
+            Self::Hold { .. } | Self::ReadOnly { .. } => "delay",
             Self::Queue { .. } | Self::Lost => "multipath",
             Self::Clone { .. } => "clone",
             Self::Foreign { kind } => kind,
         }
     }
 
-    /// The parameters for the kernel's constructor.
-    pub fn params(&self) -> String {
+    /// The parameters for the kernel's constructor. Of `delay` they are devices,
+    /// offsets and milliseconds for reads, writes and flushes.
+    pub fn params(&self, refuser: DevNo) -> String {
         match self {
             Self::Error | Self::Foreign { .. } => String::new(),
             Self::Linear { device, offset } => format!("{device} {offset}"),
-            Self::Hold { device } => {
-                format!("{device} 0 0 {device} 0 {HOLD_MS} {device} 0 {HOLD_MS}")
+            Self::Hold { device, source } => {
+                format!("{device} 0 0 {device} 0 {HOLD_MS} {source} 0 0")
             }
-            // Never up, always down, and down means that writes fail.
-            Self::ReadOnly { device, offset } => format!("{device} {offset} 0 1 1 error_writes"),
+            Self::ReadOnly { device, offset } => {
+                format!("{device} {offset} 0 {refuser} 0 0 {device} {offset} 0")
+            }
             Self::Queue { path } => {
                 let mut text = "3 queue_if_no_path queue_mode bio 0 ".to_owned();
                 match path {
@@ -156,12 +162,13 @@ impl Target {
     /// Reads a line of the kernel's TABLE status. What does not have the form
     /// that dmlocal loads is [`Target::Foreign`], so that it is never mistaken
     /// for a table that may stay.
-    pub fn parse(kind: &str, params: &str) -> Self {
+    pub fn parse(kind: &str, params: &str, refuser: DevNo) -> Self {
         let words: Vec<&str> = params.split_ascii_whitespace().collect();
-        Self::recognise(kind, &words).unwrap_or_else(|| Self::Foreign { kind: kind.to_owned() })
+        Self::recognise(kind, &words, refuser)
+            .unwrap_or_else(|| Self::Foreign { kind: kind.to_owned() })
     }
 
-    fn recognise(kind: &str, words: &[&str]) -> Option<Self> {
+    fn recognise(kind: &str, words: &[&str], refuser: DevNo) -> Option<Self> {
         let device = |index: usize| words.get(index)?.parse::<DevNo>().ok();
         let sectors = |index: usize| words.get(index)?.parse().ok().map(Sectors);
         Some(match kind {
@@ -170,13 +177,10 @@ impl Target {
                 Self::Linear { device: device(0)?, offset: sectors(1)? }
             }
             "delay" if words.len() == 9 => {
-                let hold = Self::Hold { device: device(0)? };
-                (hold.params() == words.join(" ")).then_some(hold)?
-            }
-            "flakey" if words.len() >= 6 && words.contains(&"error_writes") => {
-                let (up, down) = (words.get(2)?, words.get(3)?);
+                let hold = Self::Hold { device: device(0)?, source: device(6)? };
                 let window = Self::ReadOnly { device: device(0)?, offset: sectors(1)? };
-                (*up == "0" && *down == "1").then_some(window)?
+                let loaded = |target: &Self| target.params(refuser) == words.join(" ");
+                [hold, window].into_iter().find(loaded)?
             }
             // The kernel prints features and path arguments in its own order.
             "multipath" if words.contains(&"queue_if_no_path") => {
@@ -197,9 +201,8 @@ impl Target {
     pub fn devices(&self) -> Vec<DevNo> {
         match self {
             Self::Error | Self::Lost | Self::Foreign { .. } => Vec::new(),
-            Self::Linear { device, .. } | Self::Hold { device } | Self::ReadOnly { device, .. } => {
-                vec![*device]
-            }
+            Self::Linear { device, .. } | Self::ReadOnly { device, .. } => vec![*device],
+            Self::Hold { device, source } => vec![*device, *source],
             Self::Queue { path } => path.iter().copied().collect(),
             Self::Clone { meta, dest, src, .. } => vec![*meta, *dest, *src],
         }
@@ -259,6 +262,9 @@ mod test {
 
     use super::*;
 
+    /// Beyond what [`any_device`] makes, so that nothing else is taken for it.
+    const REFUSER: DevNo = DevNo { major: 4096, minor: 0 };
+
     fn any_device() -> impl Strategy<Value = DevNo> {
         (0u32..4096, 0u32..(1 << 20)).prop_map(|(major, minor)| DevNo { major, minor })
     }
@@ -269,7 +275,8 @@ mod test {
             Just(Target::Lost),
             (any_device(), any::<u64>())
                 .prop_map(|(device, offset)| Target::Linear { device, offset: Sectors(offset) }),
-            any_device().prop_map(|device| Target::Hold { device }),
+            (any_device(), any_device())
+                .prop_map(|(device, source)| Target::Hold { device, source }),
             (any_device(), any::<u64>())
                 .prop_map(|(device, offset)| Target::ReadOnly { device, offset: Sectors(offset) }),
             proptest::option::of(any_device()).prop_map(|path| Target::Queue { path }),
@@ -287,7 +294,7 @@ mod test {
     proptest! {
         #[test]
         fn what_is_loaded_is_recognised(target in any_target()) {
-            prop_assert_eq!(Target::parse(target.kind(), &target.params()), target);
+            prop_assert_eq!(Target::parse(target.kind(), &target.params(REFUSER), REFUSER), target);
         }
 
         #[test]
@@ -304,15 +311,17 @@ mod test {
 
         #[test]
         fn nothing_the_kernel_says_makes_the_parser_panic(kind in ".*", params in ".*") {
-            let _ = Target::parse(&kind, &params);
+            let _ = Target::parse(&kind, &params, REFUSER);
             let _ = CloneStatus::parse(&params);
         }
     }
 
     #[test]
     fn a_delay_that_would_let_writes_through_is_foreign() {
-        let passing = Target::parse("delay", "8:0 0 0 8:0 0 0 8:0 0 0");
-        assert_eq!(passing, Target::Foreign { kind: "delay".to_owned() });
+        for passing in ["8:0 0 0 8:0 0 0 8:0 0 0", "8:0 0 0 8:0 0 0 8:16 0 0"] {
+            let target = Target::parse("delay", passing, REFUSER);
+            assert_eq!(target, Target::Foreign { kind: "delay".to_owned() }, "{passing}");
+        }
     }
 
     #[test]

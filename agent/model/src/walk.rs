@@ -24,7 +24,10 @@ use crate::{
     name::VolumeId,
     plan::{self, Call, Next, Wait},
     sim::{FOREIGN, Fault, Io, REGION_BYTES, REGIONS, World},
-    volume::{Borrower, Event, ExportName, Fate, LentStage, Phase, Record, Source, Tombstone},
+    volume::{
+        Borrower, Event, ExportName, Fate, LentStage, Phase, ReceivingStage, Record, Source,
+        Tombstone,
+    },
 };
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -774,7 +777,9 @@ impl Cluster {
 
     fn flush(&mut self, node: usize) {
         let Some(record) = self.journals[node].newest(self.id).cloned() else { return };
-        if self.world.flush_handle(node, &record) == Io::Done(()) {
+        let held = record.receiving().is_some_and(|r| r.stage == ReceivingStage::Held);
+        let unasked = held && self.sabotage == Some(Sabotage::AnswersFlushesItself);
+        if unasked || self.world.flush_handle(node, &record) == Io::Done(()) {
             self.all_is_stable();
         }
     }

@@ -53,7 +53,12 @@ fn node_in(sys: &Path, device: DevNo) -> io::Result<PathBuf> {
     }
 }
 
-fn open(device: DevNo, options: &OpenOptions) -> io::Result<File> {
+/// Opens a device for reading.
+pub fn open(device: DevNo) -> io::Result<File> {
+    open_with(device, OpenOptions::new().read(true))
+}
+
+fn open_with(device: DevNo, options: &OpenOptions) -> io::Result<File> {
     let path = node(device)?;
     let file = options.open(&path).map_err(|error| about("open", device, error))?;
     let metadata = file.metadata().map_err(|error| about("look at", device, error))?;
@@ -75,7 +80,7 @@ fn open(device: DevNo, options: &OpenOptions) -> io::Result<File> {
 /// device-mapper table: those claim it exclusively, and so does this.
 pub fn zero_block0(device: DevNo) -> io::Result<()> {
     let flags = libc::O_DIRECT | libc::O_EXCL | libc::O_SYNC;
-    let file = open(device, OpenOptions::new().write(true).custom_flags(flags))?;
+    let file = open_with(device, OpenOptions::new().write(true).custom_flags(flags))?;
     let zeros = Block([0; BLOCK]);
     file.write_all_at(&zeros.0, 0).map_err(|error| about("zero", device, error))?;
     file.sync_all().map_err(|error| about("flush", device, error))
@@ -83,7 +88,7 @@ pub fn zero_block0(device: DevNo) -> io::Result<()> {
 
 /// Whether the device holds dm-clone's metadata.
 pub fn clone_magic(device: DevNo) -> io::Result<bool> {
-    let file = open(device, OpenOptions::new().read(true).custom_flags(libc::O_DIRECT))?;
+    let file = open_with(device, OpenOptions::new().read(true).custom_flags(libc::O_DIRECT))?;
     let mut block = Block([0; BLOCK]);
     file.read_exact_at(&mut block.0, 0).map_err(|error| about("read", device, error))?;
     Ok(has_magic(&block.0))
@@ -97,13 +102,13 @@ fn has_magic(block: &[u8; BLOCK]) -> bool {
 pub fn flush(device: DevNo) -> io::Result<()> {
     // A block device's fsync flushes whatever the descriptor may do
     // (block/fops.c, `blkdev_fsync`).
-    let file = open(device, OpenOptions::new().read(true))?;
+    let file = open(device)?;
     file.sync_all().map_err(|error| about("flush", device, error))
 }
 
 /// Writes back the device's page cache, flushes the device, and drops the cache.
 pub fn sync_and_drop_cache(device: DevNo) -> io::Result<()> {
-    let file = open(device, OpenOptions::new().read(true))?;
+    let file = open(device)?;
     file.sync_all().map_err(|error| about("flush", device, error))?;
     // SAFETY: the descriptor is open, and BLKFLSBUF takes no argument.
     unsafe { ioctl::flush_buffers(file.as_raw_fd()) }
@@ -115,7 +120,7 @@ pub fn sync_and_drop_cache(device: DevNo) -> io::Result<()> {
 /// back.
 pub fn drop_clean_cache(device: DevNo) -> io::Result<()> {
     use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-    let file = open(device, OpenOptions::new().read(true))?;
+    let file = open(device)?;
     posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
         .map_err(|errno| about("drop the cache of", device, errno.into()))
 }

@@ -27,6 +27,7 @@ mod look;
 mod raw;
 
 use std::{
+    fs::File,
     io,
     sync::Arc,
     thread,
@@ -35,9 +36,9 @@ use std::{
 
 use devicemapper::{DM, DevId, DmFlags, DmOptions};
 use dmlocal_model::{
-    name::DmName,
+    name::{DmName, refuser},
     table::{Table, Target},
-    units::Sectors,
+    units::{DevNo, Sectors},
 };
 
 pub(super) use self::{error::describe, interrupt::interruptible, look::path_failed};
@@ -49,6 +50,7 @@ pub use self::{
     link::Udev,
     look::{Device, TargetVersion},
 };
+use super::block;
 
 /// How often a RESUME is repeated on a device that a failed swap left suspended.
 const RESUMES: u32 = 5;
@@ -60,6 +62,10 @@ const REMOVE_PATIENCE: Duration = Duration::from_secs(5);
 /// The first pause between attempts; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+/// Length of the refuser: 512 PiB, more than any volume, and less than what a device
+/// can be long in bytes.
+const REFUSER: Sectors = Sectors(1 << 50);
 
 /// What udev is told when a table is set, in the high half of the uevent's
 /// `DM_COOKIE` (`DM_UDEV_FLAGS_SHIFT` of libdm/libdevmapper.h): a real activation
@@ -88,13 +94,32 @@ pub enum Remove {
 #[derive(Clone)]
 pub struct Dm {
     control: Arc<DM>,
+    refuser: Arc<Refuser>,
+}
+
+/// The device that fails every request.
+struct Refuser {
+    number: DevNo,
+    /// Kept open, so that nobody removes it and its number stays its own.
+    _open: Option<File>,
 }
 
 impl Dm {
-    /// Opens `/dev/mapper/control`.
+    /// Opens `/dev/mapper/control`, and makes the node's refuser.
     pub fn open() -> io::Result<Self> {
-        let control = DM::new().map_err(|error| plain(&error))?;
-        Ok(Self { control: Arc::new(control) })
+        let control = Arc::new(DM::new().map_err(|error| plain(&error))?);
+        let nothing = Refuser { number: DevNo { major: 0, minor: 0 }, _open: None };
+        let making = Self { control: Arc::clone(&control), refuser: Arc::new(nothing) };
+        let (name, table) = (refuser(), Table::whole(REFUSER, Target::Error));
+        making.set(&name, &table, Udev::Hidden, REMOVE_PATIENCE)?;
+        let number = making.by_uuid(&name.uuid)?.ok_or(io::ErrorKind::NotFound)?;
+        let open = block::open(number)?;
+        // Opened first: now it cannot become another one.
+        if !making.lookup(&name.uuid)?.is_some_and(|now| now.number == number && now.serves(&table))
+        {
+            return Err(io::Error::other(format!("{name} is somebody else's")));
+        }
+        Ok(Self { control, refuser: Arc::new(Refuser { number, _open: Some(open) }) })
     }
 
     /// Creates the device with this table, or swaps the table of a live one in a
@@ -105,7 +130,7 @@ impl Dm {
     /// source. If it already has this path and the kernel has given the path up,
     /// the path is taken up again.
     ///
-    /// A [`Target::Hold`] lets go of what it holds as soon as a swap begins, into
+    /// A [`Target::Hold`] lets go of the writes it holds as soon as a swap begins, into
     /// the device below and whatever the new table is, and holds nothing more even
     /// if the swap fails (drivers/md/dm-delay.c has `presuspend` without its undo).
     ///
@@ -163,7 +188,7 @@ impl Dm {
         let read_only = matches!(table.target, Target::Queue { .. } | Target::Lost);
         let flags = if read_only { DmFlags::DM_READONLY } else { DmFlags::empty() };
         let line = |(start, length, target): (Sectors, Sectors, &Target)| {
-            (start.0, length.0, target.kind().to_owned(), target.params())
+            (start.0, length.0, target.kind().to_owned(), target.params(self.refuser.number))
         };
         let lines: Vec<_> = table.lines().into_iter().map(line).collect();
         let uuid = dm_uuid(&name.uuid)?;

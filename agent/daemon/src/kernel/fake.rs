@@ -50,9 +50,7 @@ pub(crate) fn roomy_pool() -> PoolFacts {
 
 /// Every target that dmlocal uses.
 pub(crate) fn every_target() -> Vec<String> {
-    ["clone", "delay", "error", "flakey", "linear", "multipath"]
-        .map(|t| format!("{t} 1.0.0"))
-        .into()
+    ["clone", "delay", "error", "linear", "multipath"].map(|t| format!("{t} 1.0.0")).into()
 }
 
 impl Kernel for FakeKernel {

@@ -149,7 +149,7 @@ pub trait Kernel: Send + Sync + 'static {
     /// Device-mapper cannot be asked.
     fn handle(&self, id: VolumeId) -> Result<Option<Device>, StepError>;
 
-    /// Writes and flushes that wait in the handle; cheap.
+    /// Writes that wait in the handle; cheap.
     ///
     /// # Errors
     /// Device-mapper cannot be asked.

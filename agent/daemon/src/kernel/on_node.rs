@@ -108,7 +108,6 @@ impl Bed {
             "dm-multipath",
             "dm-round-robin",
             "dm-delay",
-            "dm-flakey",
             "nvmet-tcp",
             "nvme-tcp",
         ] {

@@ -46,6 +46,8 @@ pub(super) enum Sabotage {
     OpensUnasked,
     /// A held handle lets writes through.
     HoldsNothing,
+    /// A held handle answers a flush although the source has not flushed.
+    AnswersFlushesItself,
     /// The source is told to let go while copying goes on.
     ReleasesEarly,
     /// The handle goes to the data LV before everything is there.
@@ -71,11 +73,12 @@ pub(super) enum Sabotage {
 }
 
 impl Sabotage {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 16] = [
         Self::FenceLeavesTheHandle,
         Self::FenceDoesNotFlush,
         Self::OpensUnasked,
         Self::HoldsNothing,
+        Self::AnswersFlushesItself,
         Self::ReleasesEarly,
         Self::CollapsesEarly,
         Self::ZeroesAgain,
@@ -115,7 +118,10 @@ impl Sabotage {
             (Self::OpensUnasked, Next::Ask(Call::Fence)) => Next::Journal(Event::SourceFenced),
             (Self::HoldsNothing, Next::Do(steps)) => match steps.as_slice() {
                 [
-                    Step::Set(Role::Handle, table @ Table { target: Target::Hold { device }, .. }),
+                    Step::Set(
+                        Role::Handle,
+                        table @ Table { target: Target::Hold { device, .. }, .. },
+                    ),
                 ] => {
                     let target = Target::Linear { device: *device, offset: Sectors(0) };
                     Next::DoThen(

@@ -4,7 +4,7 @@ use std::io;
 
 use devicemapper::{DevId, DmFlags, DmOptions};
 use dmlocal_model::{
-    name::{DM_UUID_PREFIX, DmName},
+    name::{DM_UUID_PREFIX, DmName, refuser},
     table::{CloneStatus, Table, Target},
     units::{DevNo, Sectors},
 };
@@ -55,7 +55,7 @@ impl Dm {
         Ok(versions.into_iter().map(|(kind, a, b, c)| (kind, (a, b, c))).collect())
     }
 
-    /// Every device whose DM UUID says that it is ours.
+    /// Every device of a volume, which its DM UUID tells.
     pub fn ours(&self) -> io::Result<Vec<Device>> {
         let mut devices = Vec::new();
         for (name, _, _) in self.control.list_devices().map_err(|error| plain(&error))? {
@@ -65,7 +65,7 @@ impl Dm {
                 Err(error) => return Err(context("look at", &name.to_string(), &error)),
             };
             let Some(uuid) = info.uuid().map(ToString::to_string) else { continue };
-            if uuid.starts_with(DM_UUID_PREFIX) {
+            if uuid.starts_with(DM_UUID_PREFIX) && uuid != refuser().uuid {
                 devices.extend(self.lookup(&uuid)?);
             }
         }
@@ -139,7 +139,7 @@ impl Dm {
                 let flags = info.flags();
                 let has_live = flags.contains(DmFlags::DM_ACTIVE_PRESENT);
                 let targets = lines.iter().map(|(_, length, kind, params)| {
-                    (Sectors(*length), Target::parse(kind, params))
+                    (Sectors(*length), Target::parse(kind, params, self.refuser.number))
                 });
                 Ok(Some(Device {
                     name: info.name().map(ToString::to_string).unwrap_or_default(),

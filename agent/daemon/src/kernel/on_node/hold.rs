@@ -4,34 +4,34 @@ use super::*;
 
 #[test]
 #[ignore = "needs root and a node's kernel"]
-fn held_writes_wait_while_reads_pass() {
+fn held_writes_wait_while_reads_and_flushes_pass() {
     let bed = Bed::new();
     let volume = Volume::new();
     let made = bed.vg.create(Some((&volume.data(1), SIZE)), None, &[]).unwrap();
     let lv = bed.number(&made[0]);
     fill(lv);
     let handle = volume.handle();
-    bed.set(&handle, Target::Hold { device: lv });
+    bed.set(&handle, Target::Hold { device: lv, source: lv });
     println!("held, idle: {}", bed.status(&handle));
     let number = bed.dm.device(&handle).unwrap().unwrap().number;
     let writes: Vec<_> =
         (0..3).map(|n| behind(move || write_at(&open(number, true), n * 65536, 0xaa))).collect();
     writes.iter().for_each(|write| still_waits(write, SHORT));
     println!("held, three writes: {}", bed.status(&handle));
-    let sync = behind(move || open(number, true).sync_all());
-    still_waits(&sync, SHORT);
-    println!("held, three writes and a flush: {}", bed.status(&handle));
+    assert_eq!(bed.status(&handle), "0 3 0");
+    // A flush is for the source to answer, and is no sign of a guest.
+    open(number, true).sync_all().unwrap();
+    assert_eq!(bed.status(&handle), "0 3 0");
     verify(number, |_| None);
     timed("release", || bed.set(&handle, Target::Linear { device: lv, offset: Sectors(0) }));
     for write in &writes {
         write.recv_timeout(LONG).unwrap().unwrap();
     }
-    sync.recv_timeout(LONG).unwrap().unwrap();
     let written = |at| (at < 3 * 65536 && at % 65536 == 0).then_some(0xaa);
     verify(lv, written);
 
     // Held again, then failed: what becomes of the writes?
-    bed.set(&handle, Target::Hold { device: lv });
+    bed.set(&handle, Target::Hold { device: lv, source: lv });
     let write = behind(move || write_at(&open(number, true), 10 * 65536, 0xbb));
     still_waits(&write, SHORT);
     bed.set(&handle, Target::Error);
@@ -49,17 +49,10 @@ fn a_hold_that_could_not_be_swapped() {
     let made = bed.vg.create(Some((&volume.data(1), SIZE)), None, &[]).unwrap();
     let lv = bed.number(&made[0]);
     fill(lv);
-    let (src, handle) = (volume.name(1, Role::Src), volume.handle());
-    bed.set(&src, Target::Queue { path: None });
-    let below = bed.dm.device(&src).unwrap().unwrap().number;
-    // Multipath is loaded read-only; a hold opens what is below for writing.
-    let error = bed.set_within(&handle, Target::Hold { device: below }, SHORT);
-    println!("hold over a read-only device: {error:?}");
-    drop(error);
-    let middle = volume.name(1, Role::Clone);
+    let (middle, handle) = (volume.name(1, Role::Clone), volume.handle());
     bed.set(&middle, Target::Linear { device: lv, offset: Sectors(0) });
     let below = bed.dm.device(&middle).unwrap().unwrap().number;
-    bed.set(&handle, Target::Hold { device: below });
+    bed.set(&handle, Target::Hold { device: below, source: below });
     let number = bed.dm.device(&handle).unwrap().unwrap().number;
     let write = behind(move || write_at(&open(number, true), 0, 0xcc));
     still_waits(&write, SHORT);
@@ -94,7 +87,7 @@ fn a_sealed_hold_fails_what_it_held() {
     let (middle, handle) = (volume.name(1, Role::Clone), volume.handle());
     bed.set(&middle, Target::Linear { device: lv, offset: Sectors(0) });
     let below = bed.dm.device(&middle).unwrap().unwrap().number;
-    bed.set(&handle, Target::Hold { device: below });
+    bed.set(&handle, Target::Hold { device: below, source: below });
     let number = bed.dm.device(&handle).unwrap().unwrap().number;
     let write = behind(move || write_at(&open(number, true), 0, 0xdd));
     still_waits(&write, SHORT);
@@ -104,4 +97,37 @@ fn a_sealed_hold_fails_what_it_held() {
     bed.set(&handle, Target::Error);
     assert!(write.recv_timeout(LONG).unwrap().is_err());
     assert_eq!(read_at(&open(lv, false), 0).unwrap()[0], 0);
+}
+
+#[test]
+#[ignore = "needs root and a node's kernel"]
+fn a_flush_of_a_held_handle_is_the_sources() {
+    let mut bed = Bed::new();
+    let volume = Volume::new();
+    let (lv, _, namespace) = bed.source(volume);
+    let made = bed.vg.create(Some((&volume.data(1), SIZE)), None, &[]).unwrap();
+    let (data, src, handle) = (bed.number(&made[0]), volume.name(1, Role::Src), volume.handle());
+    bed.set(&src, Target::Queue { path: Some(namespace) });
+    let source = bed.dm.device(&src).unwrap().unwrap().number;
+    bed.set(&handle, Target::Hold { device: data, source });
+    let number = bed.dm.device(&handle).unwrap().unwrap().number;
+    let flush = || behind(move || open(number, true).sync_all());
+    timed("flush at the source", || flush().recv_timeout(LONG).unwrap().unwrap());
+    // It waits like a read while there is no way to the source.
+    bed.set(&src, Target::Queue { path: None });
+    let waiting = flush();
+    still_waits(&waiting, SHORT);
+    bed.set(&src, Target::Queue { path: Some(namespace) });
+    waiting.recv_timeout(LONG).unwrap().unwrap();
+    // What a peer may read it may flush, and not write; and the source's device is
+    // what answers.
+    block::flush(namespace).unwrap();
+    assert!(write_at(&open(namespace, true), 0, 0xee).is_err());
+    assert!(read_at(&open(lv, false), 0).unwrap() != vec![0xee; 4096]);
+    let export = volume.name(9, Role::Export);
+    bed.dm.suspend(&export, LONG).unwrap();
+    let waiting = flush();
+    still_waits(&waiting, SHORT);
+    bed.dm.resume(&export).unwrap();
+    waiting.recv_timeout(LONG).unwrap().unwrap();
 }
