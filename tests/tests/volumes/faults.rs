@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
+use dmlocal_testbed::{Node, Running};
 
 use crate::bed::{Bed, LATER, SOON, Volume, ctl, kill_agent, until};
 
@@ -235,5 +236,65 @@ pub fn a_source_behind_a_pulled_cable_is_waited_for(bed: &Bed) -> Result<()> {
     volume.finish_move(a, b)?;
     writer.stop(b)?;
     volume.verify(b)?;
+    volume.delete(b)
+}
+
+/// What fio writes into a volume, and reads again: every block carries a checksum.
+fn fio(volume: &Volume, flags: &str) -> Vec<String> {
+    let line = format!(
+        "fio --name=check --filename={} --direct=1 --ioengine=libaio --iodepth=4 \
+         --rw=randwrite --bs=4k --size=2m --randseed=7 --verify=crc32c --verify_fatal=1 \
+         --verify_state_save=0 --status-interval=1 {flags}",
+        volume.device
+    );
+    line.split_whitespace().map(str::to_owned).collect()
+}
+
+pub fn fio_verifies_while_agents_are_killed(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create(a, 32)?;
+    let run = |on: &Node, flags: &str| -> Result<()> {
+        let argv = fio(&volume, flags);
+        let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+        on.exec(&argv)?.ok().map(drop)
+    };
+    // Writes everything once, at a pace that leaves time to kill, and then reads it.
+    let begin = |on: &Node| -> Result<Running> {
+        let argv = fio(&volume, "--rate_iops=60");
+        on.spawn(&argv.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let kill_both = |at_work: Running| -> Result<()> {
+        at_work.wait_for_text("write: IOPS", SOON)?;
+        kill_agent(a)?;
+        kill_agent(b)?;
+        ensure!(!at_work.has_ended(), "fio had ended before the agents were killed");
+        at_work.wait(LATER)?.ok().map(drop)
+    };
+
+    volume.start_move(a, b, "--hold --wait")?;
+    volume.slow_down(b)?;
+    kill_both(begin(a)?)?;
+    volume.wait_for(b, "held", SOON)?;
+
+    // Its first write at the destination waits for the source's agent.
+    a.exec(&["systemctl", "kill", "--signal", "STOP", "dmlocald"])?.ok()?;
+    run(b, "--verify_only")?;
+    let at_work = begin(b)?;
+    let switch = b.spawn(&["dmlocalctl", "volume", "switch", &volume.id])?;
+    kill_agent(b)?;
+    kill_agent(a)?;
+    // Whether its caller had the answer does not matter.
+    let _ = switch.wait(LATER)?;
+    at_work.wait(LATER)?.ok()?;
+
+    volume.wait_for(b, "hydrating", SOON)?;
+    kill_both(begin(b)?)?;
+
+    a.exec(&["systemctl", "kill", "--signal", "STOP", "dmlocald"])?.ok()?;
+    volume.speed_up(b)?;
+    volume.wait_for(b, "collapsing", LATER)?;
+    kill_both(begin(b)?)?;
+    volume.finish_move(a, b)?;
+    run(b, "--verify_only")?;
     volume.delete(b)
 }
