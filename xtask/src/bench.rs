@@ -5,9 +5,9 @@
 //! figure is the median of its rounds. It ends with success once it has
 //! measured, whatever holds.
 
-use std::{fs, time::Duration};
+use std::{fs, thread, time::Duration};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use dmlocal_testbed::{Cluster, Node, Options};
 use serde_json::{Value, json};
 
@@ -93,17 +93,27 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if wanted(&["usable_1gib_over_64mib", "usable_over_full_copy", "hydration_over_dd"]) {
         rows.extend(bench.copies()?);
     }
+    let grows = wanted(&["rss_growth_200_rounds"]);
     if wanted(&["handle_over_lv_randread", "handle_over_lv_randwrite"]) {
-        rows.extend(bench.handle_over_lv()?);
+        let moved = bench.moved(256)?;
+        // What one says of node-a's memory and the other of two devices of node-b, side
+        // by side, is the same whether the other node works or not.
+        thread::scope(|scope| -> Result<()> {
+            let memory = grows.then(|| scope.spawn(|| bench.rss_growth()));
+            rows.extend(bench.handle_over_lv(&moved)?);
+            if let Some(memory) = memory {
+                rows.push(memory.join().map_err(|_| anyhow!("a thread panicked"))??);
+            }
+            Ok(())
+        })?;
+    } else if grows {
+        rows.push(bench.rss_growth()?);
     }
     if wanted(&["collapse_max_over_p999"]) {
         rows.push(bench.collapse()?);
     }
     if wanted(&["switch_max_over_p999"]) {
         rows.push(bench.switch()?);
-    }
-    if wanted(&["rss_growth_200_rounds"]) {
-        rows.push(bench.rss_growth()?);
     }
     if arguments.output == "json" {
         println!("{}", Value::from(rows.iter().map(Row::json).collect::<Vec<_>>()));
@@ -256,15 +266,20 @@ impl Bench<'_> {
         Ok(bytes / nanoseconds * 1e9)
     }
 
-    /// The handle and a bare thin LV, side by side in one fio run.
-    fn handle_over_lv(&self) -> Result<Vec<Row>> {
-        let id = self.volume(self.a, 256)?;
+    /// A volume that has moved from A to B, and is attached there.
+    fn moved(&self, mib: u64) -> Result<String> {
+        let id = self.volume(self.a, mib)?;
         let order = format!(
             "dmlocalctl volume move {id} --from https://node-a:7450 --to https://node-b:7450 \
              --hold && dmlocalctl volume switch {id}"
         );
         shell(self.b, &order)?;
         wait_until_local(self.b, &id)?;
+        Ok(id)
+    }
+
+    /// The handle and a bare thin LV, side by side in one fio run.
+    fn handle_over_lv(&self, id: &str) -> Result<Vec<Row>> {
         shell(self.b, "lvcreate -y -qq -V 256M -T dmlocal/pool -n bench")?;
         let handle = format!("/dev/mapper/dmlocal-{id}");
         for device in [handle.as_str(), "/dev/dmlocal/bench"] {
