@@ -103,6 +103,7 @@ const LONG: &[&str] = &[
     "what_a_page_cache_holds_at_the_source_arrives",
     "two_volumes_pass_each_other",
     "a_volume_does_not_return_below_an_open_old_handle",
+    "a_volume_returns_before_it_has_arrived",
     "a_held_volume_grows_at_its_source",
     "a_volume_grows_while_it_is_copied",
     "a_volume_is_deleted_before_it_has_arrived",
