@@ -141,6 +141,15 @@ fn handle(target: Target) -> Option<Device> {
     Some(device(DevNo { major: 253, minor: 9 }, target))
 }
 
+fn holding(length: Sectors) -> Table {
+    Table::held(length, CLONE, SRC, Sectors(1))
+}
+
+fn held(length: Sectors) -> Option<Device> {
+    let number = DevNo { major: 253, minor: 9 };
+    Some(Device { table: Some(holding(length)), ..device(number, Target::Error) })
+}
+
 fn over_clone() -> Target {
     Target::Linear { device: CLONE, offset: Sectors(0) }
 }
@@ -148,16 +157,12 @@ fn over_clone() -> Target {
 #[test]
 fn a_held_handle_lets_no_write_through() {
     let Next::Do(steps) = next(&receiving(ReceivingStage::Held), &swing()) else { panic!() };
-    assert_eq!(
-        steps,
-        [Step::Set(Role::Handle, table(Target::Hold { device: CLONE, source: SRC }))]
-    );
+    assert_eq!(steps, [Step::Set(Role::Handle, holding(SIZE))]);
 }
 
 #[test]
 fn the_first_held_write_asks_for_the_switch() {
-    let seen =
-        Seen { handle: handle(Target::Hold { device: CLONE, source: SRC }), held: 1, ..swing() };
+    let seen = Seen { handle: held(SIZE), held: 1, ..swing() };
     assert_eq!(next(&receiving(ReceivingStage::Held), &seen), Next::Journal(Event::SwitchAsked));
     assert_eq!(next(&receiving(ReceivingStage::Switching), &seen), Next::Ask(Call::Fence));
 }
@@ -177,7 +182,7 @@ fn a_held_handle_grows_only_over_what_fails_every_write() {
     let mut seen = Seen {
         data: Some(Lv { device: DATA, length: grown }),
         src: long(SRC, Target::Queue { path: Some(NAMESPACE) }),
-        handle: handle(Target::Hold { device: CLONE, source: SRC }),
+        handle: held(SIZE),
         import,
         ..swing()
     };
@@ -187,10 +192,7 @@ fn a_held_handle_grows_only_over_what_fails_every_write() {
     assert_eq!(steps, [Step::Set(Role::Clone, stand_in)]);
     (seen.clone, seen.clone_status) = (long(CLONE, through), None);
     let Next::Do(steps) = next(&record, &seen) else { panic!() };
-    assert_eq!(
-        steps,
-        [Step::GrowHeld(Table::whole(grown, Target::Hold { device: CLONE, source: SRC }))]
-    );
+    assert_eq!(steps, [Step::GrowHeld(holding(grown))]);
     // What waits already goes on waiting, in the handle as it is.
     seen.held = 1;
     assert_eq!(next(&record, &seen), Next::DoThen(Step::ZeroMeta(META), Event::Zeroed));

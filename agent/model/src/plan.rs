@@ -750,7 +750,8 @@ impl Plan<'_> {
         // The copy is built, and so is its way to the source.
         let source = self.seen.src.as_ref()?.number;
         let length = self.record.receiving().map_or(self.record.size, |r| r.length);
-        let wanted = Table::whole(length, Target::Hold { device: below, source });
+        let block = Sectors::from_bytes(u64::from(self.record.logical_block_size));
+        let wanted = Table::held(length, below, source, block);
         let live = self.seen.handle.as_ref().and_then(|handle| handle.table.as_ref());
         match live {
             Some(live)
@@ -759,6 +760,10 @@ impl Plan<'_> {
                     && live.length < wanted.length =>
             {
                 (may_grow && self.seen.held == 0).then(|| one(Step::GrowHeld(wanted)))
+            }
+            // What it is cannot be told, and a swap might let writes go.
+            Some(Table { target: Target::Foreign { .. }, .. }) if self.record.attached => {
+                Some(Next::Wait(Wait::Operator))
             }
             _ => self.handle(&wanted, Self::set_handle),
         }

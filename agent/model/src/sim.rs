@@ -89,6 +89,8 @@ struct Mapped {
     hydrating: bool,
     bits: [bool; REGIONS],
     held: Vec<(usize, u64)>,
+    /// A swap has let go of what it held, and failed: it holds nothing any more.
+    leaks: bool,
     /// Writes that were done through it.
     written: u64,
 }
@@ -343,6 +345,22 @@ impl World {
         (handle.users > 0).then_some(handle.written)
     }
 
+    /// Whether the handle is one that holds writes back, or has failed to.
+    pub fn holds(&self, node: usize, record: &Record) -> bool {
+        let handle = self.nodes[node].mapped.get(&plan::dm_name(record, Role::Handle).uuid);
+        let table = handle.and_then(|handle| handle.live.as_ref());
+        table.is_some_and(|table| matches!(table.target, Target::Hold { .. }))
+    }
+
+    /// Flushes what is read from the source, and nothing else.
+    pub fn flush_source(&mut self, node: usize, record: &Record) -> Io<()> {
+        let source = self.nodes[node].mapped.get(&plan::dm_name(record, Role::Src).uuid);
+        match source.map(|source| source.number) {
+            Some(number) => self.flush(node, number),
+            None => Io::Failed,
+        }
+    }
+
     /// Flushes the handle: everything acknowledged before is on stable storage.
     pub fn flush_handle(&mut self, node: usize, record: &Record) -> Io<()> {
         let name = plan::dm_name(record, Role::Handle).uuid;
@@ -488,6 +506,9 @@ impl World {
         let name = name.clone();
         match mapped.live.as_ref().and_then(|table| at_region(table, region)).cloned() {
             Some(Target::Linear { device, .. }) => self.write(node, device, region, value),
+            Some(Target::Hold { device, .. }) if mapped.leaks => {
+                self.write(node, device, region, value)
+            }
             Some(Target::Hold { .. }) => {
                 if let Some(mapped) = self.nodes[node].mapped.get_mut(&name) {
                     mapped.held.push((region, value));
@@ -533,23 +554,35 @@ impl World {
         if mapped.suspended {
             return Io::Waits;
         }
-        match mapped.live.as_ref().map(|table| table.target.clone()) {
-            Some(
-                Target::Linear { device, .. }
-                | Target::ReadOnly { device, .. }
-                | Target::Hold { source: device, .. },
-            ) => self.flush(node, device),
-            Some(Target::Queue { path: Some(device) }) => match self.flush(node, device) {
+        let Some(table) = mapped.live.clone() else { return Io::Failed };
+        // Every target is flushed, and all of them must have been.
+        let mut outcome = Io::Done(());
+        for (.., target) in table.lines() {
+            match self.flush_target(node, number, target) {
+                Io::Done(()) => {}
+                Io::Failed => return Io::Failed,
+                Io::Waits => outcome = Io::Waits,
+            }
+        }
+        outcome
+    }
+
+    fn flush_target(&mut self, node: usize, number: DevNo, target: &Target) -> Io<()> {
+        match target {
+            Target::Linear { device, .. }
+            | Target::ReadOnly { device, .. }
+            | Target::Hold { flush: device, .. } => self.flush(node, *device),
+            Target::Queue { path: Some(device) } => match self.flush(node, *device) {
                 // What fails below a queue waits in it.
                 Io::Failed => Io::Waits,
                 io => io,
             },
-            Some(Target::Queue { path: None }) => Io::Waits,
-            Some(Target::Clone { meta, dest, .. }) => {
-                self.commit_clone(node, number, meta, dest);
+            Target::Queue { path: None } => Io::Waits,
+            Target::Clone { meta, dest, .. } => {
+                self.commit_clone(node, number, *meta, *dest);
                 Io::Done(())
             }
-            Some(Target::Error | Target::Lost | Target::Foreign { .. }) | None => Io::Failed,
+            Target::Error | Target::Lost | Target::Foreign { .. } => Io::Failed,
         }
     }
 
@@ -895,6 +928,7 @@ impl World {
                 hydrating: false,
                 bits: [false; REGIONS],
                 held: Vec::new(),
+                leaks: false,
                 written: 0,
             };
             self.nodes[node].mapped.insert(name.to_owned(), fresh);
@@ -932,6 +966,19 @@ impl World {
         Ok(())
     }
 
+    /// What a suspension does to a device that holds writes back.
+    fn let_go(&mut self, node: usize, name: &str) {
+        let Some(mapped) = self.nodes[node].mapped.get_mut(name) else { return };
+        let held = std::mem::take(&mut mapped.held);
+        if let Some(Table { target: Target::Hold { device, .. }, .. }) = mapped.live {
+            for (region, value) in held {
+                if self.write(node, device, region, value) == Io::Done(()) {
+                    self.released.push((node, region, value));
+                }
+            }
+        }
+    }
+
     /// Swaps in a loaded table: what was held goes where the old table pointed.
     fn resume(&mut self, node: usize, name: &str) -> Result<(), Fault> {
         self.act()?;
@@ -941,28 +988,22 @@ impl World {
         // A reload of the way to the source lets go of what it queued.
         let is_queue = |table: &Table| matches!(table.target, Target::Queue { .. });
         let (number, queues) = (mapped.number, mapped.live.as_ref().is_some_and(is_queue));
-        if mapped.inactive.is_some() && !queues && self.hangs_below(node, number) {
+        let swaps = mapped.inactive.is_some();
+        if swaps && !queues && self.hangs_below(node, number) {
+            self.let_go(node, name);
             if let Some(mapped) = self.nodes[node].mapped.get_mut(name) {
                 mapped.inactive = None;
+                mapped.leaks = true;
             }
             return Err(Fault::Refused(format!("{name}: no end in sight")));
         }
-        let Some(mapped) = self.nodes[node].mapped.get_mut(name) else {
-            return Err(Fault::Refused(format!("{name} is absent")));
-        };
-        let old = mapped.live.clone();
-        let held =
-            if mapped.inactive.is_some() { std::mem::take(&mut mapped.held) } else { vec![] };
-        if let Some(Table { target: Target::Hold { device, .. }, .. }) = old {
-            for (region, value) in held {
-                if self.write(node, device, region, value) == Io::Done(()) {
-                    self.released.push((node, region, value));
-                }
-            }
+        if swaps {
+            self.let_go(node, name);
         }
         if let Some(mapped) = self.nodes[node].mapped.get_mut(name) {
             mapped.suspended = false;
             if let Some(table) = mapped.inactive.take() {
+                mapped.leaks = false;
                 mapped.live = Some(table);
             }
         }

@@ -23,13 +23,14 @@ pub enum Target {
         /// Where the window starts on it.
         offset: Sectors,
     },
-    /// Reads pass; writes wait ([`HOLD_MS`]). A flush asks for what was written before
-    /// to be safe, and that is at the source: there it goes.
+    /// Reads pass; writes wait ([`HOLD_MS`]). Flushes go to a device of their own.
     Hold {
         /// The device below.
         device: DevNo,
-        /// The way to the source.
-        source: DevNo,
+        /// Where the window starts on it.
+        offset: Sectors,
+        /// What is flushed.
+        flush: DevNo,
     },
     /// Reads and flushes pass; writes fail, because they go to the node's refuser,
     /// which fails everything. nvmet cannot export read-only by itself, and flakey,
@@ -99,6 +100,20 @@ impl Table {
         Some(Self { length, target, tail: tail.map(|(_, then)| (at, then)) })
     }
 
+    /// A handle that holds writes back, over a copy whose last block of so many sectors
+    /// begins a target of its own: the kernel sends a flush to every target of a table
+    /// (drivers/md/dm.c, `__send_empty_flush`), so each one reaches the source, where
+    /// what was written until now is, and the copy as well, where held writes are from
+    /// the moment at which a swap lets them go.
+    ///
+    /// A volume of a single block has no room for that; its flushes go to the source.
+    pub fn held(length: Sectors, copy: DevNo, source: DevNo, block: Sectors) -> Self {
+        let hold = |offset, flush| Target::Hold { device: copy, offset, flush };
+        let at = Sectors(length.0.saturating_sub(block.0));
+        let tail = (at.0 > 0).then(|| (at, hold(at, copy)));
+        Self { length, target: hold(Sectors(0), source), tail }
+    }
+
     /// Start, length and target of each line for the kernel.
     pub fn lines(&self) -> Vec<(Sectors, Sectors, &Target)> {
         match &self.tail {
@@ -135,8 +150,8 @@ impl Target {
         match self {
             Self::Error | Self::Foreign { .. } => String::new(),
             Self::Linear { device, offset } => format!("{device} {offset}"),
-            Self::Hold { device, source } => {
-                format!("{device} 0 0 {device} 0 {HOLD_MS} {source} 0 0")
+            Self::Hold { device, offset, flush } => {
+                format!("{device} {offset} 0 {device} {offset} {HOLD_MS} {flush} 0 0")
             }
             Self::ReadOnly { device, offset } => {
                 format!("{device} {offset} 0 {refuser} 0 0 {device} {offset} 0")
@@ -177,8 +192,9 @@ impl Target {
                 Self::Linear { device: device(0)?, offset: sectors(1)? }
             }
             "delay" if words.len() == 9 => {
-                let hold = Self::Hold { device: device(0)?, source: device(6)? };
-                let window = Self::ReadOnly { device: device(0)?, offset: sectors(1)? };
+                let (below, offset) = (device(0)?, sectors(1)?);
+                let hold = Self::Hold { device: below, offset, flush: device(6)? };
+                let window = Self::ReadOnly { device: below, offset };
                 let loaded = |target: &Self| target.params(refuser) == words.join(" ");
                 [hold, window].into_iter().find(loaded)?
             }
@@ -202,7 +218,7 @@ impl Target {
         match self {
             Self::Error | Self::Lost | Self::Foreign { .. } => Vec::new(),
             Self::Linear { device, .. } | Self::ReadOnly { device, .. } => vec![*device],
-            Self::Hold { device, source } => vec![*device, *source],
+            Self::Hold { device, flush, .. } => vec![*device, *flush],
             Self::Queue { path } => path.iter().copied().collect(),
             Self::Clone { meta, dest, src, .. } => vec![*meta, *dest, *src],
         }
@@ -275,8 +291,9 @@ mod test {
             Just(Target::Lost),
             (any_device(), any::<u64>())
                 .prop_map(|(device, offset)| Target::Linear { device, offset: Sectors(offset) }),
-            (any_device(), any_device())
-                .prop_map(|(device, source)| Target::Hold { device, source }),
+            (any_device(), any::<u64>(), any_device()).prop_map(|(device, offset, flush)| {
+                Target::Hold { device, offset: Sectors(offset), flush }
+            }),
             (any_device(), any::<u64>())
                 .prop_map(|(device, offset)| Target::ReadOnly { device, offset: Sectors(offset) }),
             proptest::option::of(any_device()).prop_map(|path| Target::Queue { path }),

@@ -777,9 +777,15 @@ impl Cluster {
 
     fn flush(&mut self, node: usize) {
         let Some(record) = self.journals[node].newest(self.id).cloned() else { return };
-        let held = record.receiving().is_some_and(|r| r.stage == ReceivingStage::Held);
-        let unasked = held && self.sabotage == Some(Sabotage::AnswersFlushesItself);
-        if unasked || self.world.flush_handle(node, &record) == Io::Done(()) {
+        let outcome = match self.sabotage {
+            Some(sabotage) if self.world.holds(node, &record) => match sabotage {
+                Sabotage::AnswersFlushesItself => Io::Done(()),
+                Sabotage::FlushesTheSourceAlone => self.world.flush_source(node, &record),
+                _ => self.world.flush_handle(node, &record),
+            },
+            Some(_) | None => self.world.flush_handle(node, &record),
+        };
+        if outcome == Io::Done(()) {
             self.all_is_stable();
         }
     }
@@ -1171,4 +1177,41 @@ fn a_read_that_waits_for_a_lost_source_does_not_keep_an_abort_from_ending() {
     cluster.world.network = true;
     cluster.converge_all(1).unwrap();
     assert!(cluster.journals[1].copies.is_empty() && cluster.world.is_clean(1));
+}
+
+/// The handle is not opened, because a read waits for a source that is away, and has let
+/// go of what it held.
+fn leak(sabotage: Option<Sabotage>) {
+    let mut opening = (0..40).filter_map(|action| {
+        let mut cluster = Cluster::new();
+        cluster.create(0).unwrap();
+        cluster.attach(0, false).unwrap();
+        cluster.begin_move(0, 1, true).unwrap();
+        cluster.world.fault = Some(action);
+        let _ = cluster.switch(1, false);
+        cluster.world.fault = None;
+        let record = cluster.journals[1].newest(cluster.id).cloned()?;
+        let fenced = record.receiving().is_some_and(|r| r.stage == ReceivingStage::Hydrating);
+        (fenced && cluster.world.holds(1, &record)).then_some((cluster, record))
+    });
+    let (mut cluster, record) = opening.next().unwrap();
+    cluster.sabotage = sabotage;
+    cluster.world.network = false;
+    assert_eq!(cluster.world.read_handle(1, &record, 1), Io::Waits);
+    assert!(cluster.converge_all(1).is_err());
+    cluster.write(1, 0);
+    assert_eq!(cluster.newest, record.generation.0, "it has held the write");
+    cluster.world.network = true;
+    cluster.flush(1);
+    cluster.power_cut(1);
+    cluster.sabotage = None;
+    cluster.heal();
+    cluster.judge();
+}
+
+#[test]
+fn what_a_handle_acknowledges_that_failed_to_open_is_flushed_with_it() {
+    leak(None);
+    let told = std::panic::catch_unwind(|| leak(Some(Sabotage::FlushesTheSourceAlone)));
+    assert!(told.is_err(), "a flush at the source alone goes unnoticed");
 }

@@ -16,7 +16,7 @@ pub const LATER: Duration = Duration::from_secs(180);
 
 /// Prints whatever dmlocal has left on a node.
 const LEFT: &str = "
-    dmsetup info --columns --noheadings -o name,uuid | grep DMLOCAL-
+    dmsetup info --columns --noheadings -o name,uuid | grep DMLOCAL- | grep -v DMLOCAL-refuser
     lvs --noheadings -o lv_name,lv_tags @dmlocal
     ls /sys/kernel/config/nvmet/subsystems
     ls /sys/kernel/config/nvmet/ports
@@ -385,10 +385,23 @@ impl Writer {
 
 /// Kills a node's agent as hard as it goes and waits until it is back.
 pub fn kill_agent(node: &Node) -> Result<()> {
-    let pid = "systemctl show --property MainPID --value dmlocald";
-    let before = node.shell(pid)?.ok()?;
-    node.exec(&["kill", "-KILL", &before])?.ok()?;
-    agent_answers(node, &before)
+    agent_answers(node, &leave_without_agent(node)?)
+}
+
+/// Kills both nodes' agents while something is at work, and waits until they are back.
+pub fn kill_agents_during(at_work: &Running, nodes: [&Node; 2]) -> Result<()> {
+    let [first, second] = nodes;
+    let before = [leave_without_agent(first)?, leave_without_agent(second)?];
+    ensure!(!at_work.has_ended(), "it had ended before the agents were killed");
+    agent_answers(first, &before[0])?;
+    agent_answers(second, &before[1])
+}
+
+/// Kills a node's agent; its process id is the answer.
+fn leave_without_agent(node: &Node) -> Result<String> {
+    let pid = node.shell("systemctl show --property MainPID --value dmlocald")?.ok()?;
+    node.exec(&["kill", "-KILL", &pid])?.ok()?;
+    Ok(pid)
 }
 
 fn agent_answers(node: &Node, before: &str) -> Result<()> {

@@ -60,7 +60,7 @@ const STORY: &[&str] = &[
     "LoadClone new clone(meta data src)",
     "BlockDiscards clone",
     "Armed",
-    "Set Handle delay(clone src)",
+    "Set Handle delay(clone src clone clone)",
     "Wait Switch",
     "write",
     "SwitchAsked",

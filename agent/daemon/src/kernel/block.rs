@@ -172,12 +172,16 @@ fn block_discards_in(sys: &Path, device: DevNo) -> io::Result<()> {
 /// What was written through a device, by the kernel's own counters.
 ///
 /// # Errors
-/// The kernel has none for it.
+/// The kernel has none for it, or was told not to count (`queue/iostats`).
 pub fn written(device: DevNo) -> io::Result<Written> {
     written_in(Path::new("/sys"), device)
 }
 
 fn written_in(sys: &Path, device: DevNo) -> io::Result<Written> {
+    if attribute(sys, device, "queue/iostats")? == 0 {
+        let text = "queue/iostats is 0, so the kernel counts nothing";
+        return Err(about("count the writes of", device, io::Error::other(text)));
+    }
     let text = |name| {
         let path = attribute_path(sys, device, name);
         fs::read_to_string(path).map_err(|error| about(&format!("read {name} of"), device, error))
@@ -257,10 +261,13 @@ mod test {
 
     #[test]
     fn writes_are_counted_and_reads_are_not() {
-        let sys =
-            sys(&[("stat", "9 0 8 7 20 0 6 5 0 4 3 300 0 2 1 4000 0\n"), ("inflight", " 5 2\n")]);
+        let stat = "9 0 8 7 20 0 6 5 0 4 3 300 0 2 1 4000 0\n";
+        let sys = sys(&[("stat", stat), ("inflight", " 5 2\n"), ("queue/iostats", "1\n")]);
         let seen = written_in(sys.path(), DEVICE).unwrap();
         assert_eq!(seen, Written { done: 4320, under_way: 2 });
+        // Counters that stand still because nobody counts are no evidence.
+        fs::write(attribute_path(sys.path(), DEVICE, "queue/iostats"), "0\n").unwrap();
+        assert!(written_in(sys.path(), DEVICE).is_err());
         assert_eq!(counted("9 0 8 7 20 0 6 5 0 4 3", "0 0").map(|seen| seen.done), Some(20));
         assert_eq!(counted("", "0 0"), None);
     }

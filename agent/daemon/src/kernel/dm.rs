@@ -105,11 +105,17 @@ struct Refuser {
 }
 
 impl Dm {
-    /// Opens `/dev/mapper/control`, and makes the node's refuser.
+    /// Opens `/dev/mapper/control`. A [`Target::ReadOnly`] can neither be loaded nor
+    /// recognised without the node's refuser.
     pub fn open() -> io::Result<Self> {
         let control = Arc::new(DM::new().map_err(|error| plain(&error))?);
         let nothing = Refuser { number: DevNo { major: 0, minor: 0 }, _open: None };
-        let making = Self { control: Arc::clone(&control), refuser: Arc::new(nothing) };
+        Ok(Self { control, refuser: Arc::new(nothing) })
+    }
+
+    /// The same, and makes the node's refuser if it is not there.
+    pub fn with_refuser() -> io::Result<Self> {
+        let making = Self::open()?;
         let (name, table) = (refuser(), Table::whole(REFUSER, Target::Error));
         making.set(&name, &table, Udev::Hidden, REMOVE_PATIENCE)?;
         let number = making.by_uuid(&name.uuid)?.ok_or(io::ErrorKind::NotFound)?;
@@ -119,7 +125,7 @@ impl Dm {
         {
             return Err(io::Error::other(format!("{name} is somebody else's")));
         }
-        Ok(Self { control, refuser: Arc::new(Refuser { number, _open: Some(open) }) })
+        Ok(Self { refuser: Arc::new(Refuser { number, _open: Some(open) }), ..making })
     }
 
     /// Creates the device with this table, or swaps the table of a live one in a

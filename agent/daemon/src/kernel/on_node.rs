@@ -114,7 +114,7 @@ impl Bed {
             sh("modprobe", &[module]);
         }
         Self {
-            dm: Dm::open().unwrap(),
+            dm: Dm::with_refuser().unwrap(),
             vg: vg(),
             target: Nvmet::new(nvmet::ROOT),
             exports: Vec::new(),
@@ -290,6 +290,11 @@ impl Buffer {
 }
 
 const BLOCK: u64 = 4096;
+
+/// A target that holds writes.
+fn holds(device: DevNo, flush: DevNo) -> Target {
+    Target::Hold { device, offset: Sectors(0), flush }
+}
 
 fn read_at(file: &File, at: u64) -> io::Result<Vec<u8>> {
     let mut block = Buffer::new(BLOCK);

@@ -92,7 +92,7 @@ impl RealKernel {
             (pool.name.clone(), Mutex::new(vg))
         });
         Ok(Self {
-            dm: Dm::open()?,
+            dm: Dm::with_refuser()?,
             nvmet: nvmet::Nvmet::new(nvmet::ROOT),
             pools: pools.collect(),
             tpools: Mutex::default(),
@@ -657,9 +657,10 @@ fn seen(device: dm::Device) -> Device {
 fn held_in(dm: &Dm, record: &Record, handle: Option<&Device>) -> Result<u64, StepError> {
     match handle.and_then(|handle| handle.table.as_ref()) {
         Some(Table { target: Target::Hold { .. }, .. }) => {
-            let status = dm.status_text(&plan::dm_name(record, Role::Handle))?;
-            held_writes(&status)
-                .ok_or_else(|| StepError::Failed(format!("delay status `{status}`")))
+            let targets = dm.status_texts(&plan::dm_name(record, Role::Handle))?;
+            let held: Option<Vec<u64>> = targets.iter().map(|status| held_writes(status)).collect();
+            held.map(|held| held.iter().sum())
+                .ok_or_else(|| StepError::Failed(format!("delay status {targets:?}")))
         }
         Some(_) | None => Ok(0),
     }

@@ -48,6 +48,9 @@ pub(super) enum Sabotage {
     HoldsNothing,
     /// A held handle answers a flush although the source has not flushed.
     AnswersFlushesItself,
+    /// A handle that has let go of its writes is flushed at the source only. The walks
+    /// hardly ever come there; a story does.
+    FlushesTheSourceAlone,
     /// The source is told to let go while copying goes on.
     ReleasesEarly,
     /// The handle goes to the data LV before everything is there.

@@ -175,22 +175,31 @@ impl Dm {
         self.status_text_of(&name.uuid)
     }
 
+    /// What each target of the device says of itself.
+    pub fn status_texts(&self, name: &DmName) -> io::Result<Vec<String>> {
+        self.statuses(&name.uuid, DmFlags::DM_NOFLUSH)
+    }
+
     /// What the first target of any device, ours or not, says of itself.
     pub fn status_text_of(&self, uuid: &str) -> io::Result<String> {
         self.status(uuid, DmFlags::DM_NOFLUSH)
     }
 
     fn status(&self, uuid: &str, flags: DmFlags) -> io::Result<String> {
+        match self.statuses(uuid, flags)?.into_iter().next() {
+            Some(status) => Ok(status),
+            None => Err(io::Error::new(io::ErrorKind::NotFound, format!("{uuid} has no table"))),
+        }
+    }
+
+    fn statuses(&self, uuid: &str, flags: DmFlags) -> io::Result<Vec<String>> {
         let owned = dm_uuid(uuid)?;
         let options = DmOptions::default().set_flags(flags);
         let (_, lines) = self
             .control
             .table_status(&DevId::Uuid(owned.as_ref()), options)
             .map_err(|error| context("read the status of", uuid, &error))?;
-        match lines.into_iter().next() {
-            Some((_, _, _, params)) => Ok(params),
-            None => Err(io::Error::new(io::ErrorKind::NotFound, format!("{uuid} has no table"))),
-        }
+        Ok(lines.into_iter().map(|(_, _, _, params)| params).collect())
     }
 }
 

@@ -11,7 +11,7 @@ fn held_writes_wait_while_reads_and_flushes_pass() {
     let lv = bed.number(&made[0]);
     fill(lv);
     let handle = volume.handle();
-    bed.set(&handle, Target::Hold { device: lv, source: lv });
+    bed.set(&handle, holds(lv, lv));
     println!("held, idle: {}", bed.status(&handle));
     let number = bed.dm.device(&handle).unwrap().unwrap().number;
     let writes: Vec<_> =
@@ -31,7 +31,7 @@ fn held_writes_wait_while_reads_and_flushes_pass() {
     verify(lv, written);
 
     // Held again, then failed: what becomes of the writes?
-    bed.set(&handle, Target::Hold { device: lv, source: lv });
+    bed.set(&handle, holds(lv, lv));
     let write = behind(move || write_at(&open(number, true), 10 * 65536, 0xbb));
     still_waits(&write, SHORT);
     bed.set(&handle, Target::Error);
@@ -52,7 +52,7 @@ fn a_hold_that_could_not_be_swapped() {
     let (middle, handle) = (volume.name(1, Role::Clone), volume.handle());
     bed.set(&middle, Target::Linear { device: lv, offset: Sectors(0) });
     let below = bed.dm.device(&middle).unwrap().unwrap().number;
-    bed.set(&handle, Target::Hold { device: below, source: below });
+    bed.set(&handle, holds(below, below));
     let number = bed.dm.device(&handle).unwrap().unwrap().number;
     let write = behind(move || write_at(&open(number, true), 0, 0xcc));
     still_waits(&write, SHORT);
@@ -87,7 +87,7 @@ fn a_sealed_hold_fails_what_it_held() {
     let (middle, handle) = (volume.name(1, Role::Clone), volume.handle());
     bed.set(&middle, Target::Linear { device: lv, offset: Sectors(0) });
     let below = bed.dm.device(&middle).unwrap().unwrap().number;
-    bed.set(&handle, Target::Hold { device: below, source: below });
+    bed.set(&handle, holds(below, below));
     let number = bed.dm.device(&handle).unwrap().unwrap().number;
     let write = behind(move || write_at(&open(number, true), 0, 0xdd));
     still_waits(&write, SHORT);
@@ -101,15 +101,21 @@ fn a_sealed_hold_fails_what_it_held() {
 
 #[test]
 #[ignore = "needs root and a node's kernel"]
-fn a_flush_of_a_held_handle_is_the_sources() {
+fn a_flush_of_a_held_handle_is_the_sources_and_the_copys() {
     let mut bed = Bed::new();
     let volume = Volume::new();
     let (lv, _, namespace) = bed.source(volume);
     let made = bed.vg.create(Some((&volume.data(1), SIZE)), None, &[]).unwrap();
-    let (data, src, handle) = (bed.number(&made[0]), volume.name(1, Role::Src), volume.handle());
+    let data = bed.number(&made[0]);
+    let [handle, copy, src] =
+        [Role::Handle, Role::Clone, Role::Src].map(|role| volume.name(1, role));
+    bed.set(&copy, Target::Linear { device: data, offset: Sectors(0) });
+    let below = bed.dm.device(&copy).unwrap().unwrap().number;
     bed.set(&src, Target::Queue { path: Some(namespace) });
     let source = bed.dm.device(&src).unwrap().unwrap().number;
-    bed.set(&handle, Target::Hold { device: data, source });
+    let table = Table::held(Sectors::from_bytes(SIZE), below, source, Sectors(8));
+    bed.dm.set(&handle, &table, Udev::Linked, LONG).unwrap();
+    assert!(bed.dm.device(&handle).unwrap().unwrap().serves(&table));
     let number = bed.dm.device(&handle).unwrap().unwrap().number;
     let flush = || behind(move || open(number, true).sync_all());
     timed("flush at the source", || flush().recv_timeout(LONG).unwrap().unwrap());
@@ -124,10 +130,12 @@ fn a_flush_of_a_held_handle_is_the_sources() {
     block::flush(namespace).unwrap();
     assert!(write_at(&open(namespace, true), 0, 0xee).is_err());
     assert!(read_at(&open(lv, false), 0).unwrap() != vec![0xee; 4096]);
-    let export = volume.name(9, Role::Export);
-    bed.dm.suspend(&export, LONG).unwrap();
-    let waiting = flush();
-    still_waits(&waiting, SHORT);
-    bed.dm.resume(&export).unwrap();
-    waiting.recv_timeout(LONG).unwrap().unwrap();
+    // The copy's own device answers as well.
+    for flushed in [volume.name(9, Role::Export), copy] {
+        bed.dm.suspend(&flushed, LONG).unwrap();
+        let waiting = flush();
+        still_waits(&waiting, SHORT);
+        bed.dm.resume(&flushed).unwrap();
+        waiting.recv_timeout(LONG).unwrap().unwrap();
+    }
 }

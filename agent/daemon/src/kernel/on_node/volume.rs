@@ -46,7 +46,7 @@ fn a_volume_is_received_hydrated_and_collapsed() {
     bed.set(&src, Target::Queue { path: None });
     bed.set(&src, Target::Queue { path: Some(namespace) });
     assert_eq!(block::discard_max(clone_number).unwrap(), 0);
-    bed.set(&handle, Target::Hold { device: clone_number, source: src_number });
+    bed.set(&handle, holds(clone_number, src_number));
     bed.set(&handle, Target::Linear { device: clone_number, offset: Sectors(0) });
     assert_eq!(block::discard_max(number).unwrap(), 0);
 
