@@ -9,9 +9,9 @@
 //! So a source notes, while it is offered to a destination that holds, when its handle
 //! was last seen to be written. A fence needs a short time without any write: mostly
 //! it has passed before the fence is asked for, and costs nothing. A source that has
-//! refused once needs a longer one, which costs nothing either, because the
-//! destination waits before it asks again. What this cannot see is a guest that writes
-//! less often than that; nothing is lost by it, because nothing that such a guest
+//! refused once knows that a guest is there, and needs a long one: an idle system still
+//! writes every few seconds. Nobody waits for that time, because a guest that leaves
+//! closes the handle. What this cannot see is a guest that writes less often than that; nothing is lost by it, because nothing that such a guest
 //! writes is acknowledged after the fence.
 
 use std::time::{Duration, Instant};
@@ -27,8 +27,9 @@ pub const CLOSE_LOOK: Duration = Duration::from_millis(5);
 /// How long nothing must have been written before a fence.
 const QUIET: Duration = Duration::from_millis(100);
 
-/// How long after a refusal: less than a destination lets pass between two questions.
-const QUIET_AGAIN: Duration = Duration::from_millis(500);
+/// How long after a refusal: Linux writes back every 5 s (`dirty_writeback_centisecs`),
+/// ext4 commits every 5 s.
+const QUIET_AGAIN: Duration = Duration::from_secs(10);
 
 /// When a handle was last seen to be written.
 #[derive(Debug, Default)]
@@ -109,9 +110,9 @@ mod test {
         activity.saw(Written { done: 8, ..IDLE }, after(begin, 5));
         assert_eq!(activity.verdict(begin, after(begin, 5)), Verdict::Writing);
         // The next question needs a longer rest, and is answered at once.
-        let asked = after(begin, 200);
+        let asked = after(begin, 9_900);
         assert_eq!(activity.verdict(asked, asked), Verdict::Writing);
-        let asked = after(begin, 600);
+        let asked = after(begin, 10_010);
         assert_eq!(activity.verdict(asked, asked), Verdict::Quiet);
     }
 

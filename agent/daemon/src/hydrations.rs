@@ -80,7 +80,8 @@ impl Shared {
             purse.at = purse.at.max(now);
         }
         purse.bytes = purse.bytes.saturating_add(earned).min(full);
-        purse.bytes = purse.bytes.saturating_sub(signed(u128::from(copied)));
+        // What guests rewrote counts as well, and must not stop everybody for long.
+        purse.bytes = purse.bytes.saturating_sub(signed(u128::from(copied))).max(-full);
     }
 }
 
@@ -96,7 +97,7 @@ mod test {
     }
 
     fn candidate(turn: u64) -> Option<Candidate> {
-        Some(Candidate { source: "a".to_owned(), priority: 0, turn })
+        Some(Candidate { source: "a".to_owned(), priority: 0, passes: 0, turn })
     }
 
     #[test]

@@ -18,6 +18,9 @@ use dmlocal_model::{
 /// Time over which the rate is averaged.
 const WINDOW: Duration = Duration::from_secs(5);
 
+/// How long a copy may have its turn without a new region.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Progress of one volume's copy.
 #[derive(Debug, Default)]
 pub struct Progress {
@@ -33,6 +36,10 @@ pub struct Progress {
     stalled_since: Option<SystemTime>,
     bytes_left: u64,
     pause: Option<Pause>,
+    /// Since when it has had its turn without a new region.
+    idle_since: Option<Instant>,
+    /// How often it has had its turn in vain since its last new region.
+    passes: u32,
 }
 
 /// Why copying must not go on at this moment, although it could.
@@ -91,6 +98,9 @@ impl Progress {
         };
         let here = hydrated.saturating_mul(receiving.region.bytes());
         let copied = self.samples.back().map_or(0, |(_, before)| here.saturating_sub(*before));
+        if copied > 0 {
+            (self.idle_since, self.passes) = (None, 0);
+        }
         self.bytes_left = forget::Lost::of(receiving, *hydrated).bytes;
         self.samples.push_back((now, here));
         while self.samples.len() > 2 && self.samples[1].0 + WINDOW < now {
@@ -115,6 +125,7 @@ impl Progress {
         let candidate = could.then(|| Candidate {
             source: receiving.source.node.clone(),
             priority: record.tuning.priority,
+            passes: self.passes,
             turn: receiving.turn,
         });
         Share { candidate, copied }
@@ -122,13 +133,19 @@ impl Progress {
 
     /// Tells a look the copy's place among those of the node, and whether the node's
     /// byte rate is used up.
-    pub fn place(&mut self, seen: &mut Seen, place: Option<Place>, is_spent: bool) {
+    pub fn place(&mut self, seen: &mut Seen, place: Option<Place>, is_spent: bool, now: Instant) {
         self.pause = match (self.pause, place) {
             (None, Some(Place::Waits { before })) => Some(Pause::Turn { before }),
             (None, Some(Place::Runs)) if is_spent => Some(Pause::NodeRate),
             (pause, _) => pause,
         };
         seen.resting = self.pause.is_some();
+        if place != Some(Place::Runs) || seen.resting {
+            self.idle_since = None;
+        } else if *self.idle_since.get_or_insert(now) + PATIENCE <= now {
+            // The others first.
+            (self.idle_since, self.passes) = (None, self.passes.saturating_add(1));
+        }
     }
 
     fn over_budget(&mut self, rate: u64, here: u64, now: Instant) -> bool {

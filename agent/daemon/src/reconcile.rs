@@ -700,7 +700,12 @@ impl Volumes {
             (kernel.look(&owned), usage)
         })
         .await?;
-        let mut seen = seen.map_err(|source| ServiceError::Step { step: "look".into(), source })?;
+        let copy = (record.id, record.generation);
+        let mut seen = seen.map_err(|source| {
+            // Whoever cannot be looked at takes nobody's place.
+            self.hydrations.place(copy, None, 0, Instant::now());
+            ServiceError::Step { step: "look".into(), source }
+        })?;
         let high = self.config.pool(&record.pool).map_or(100.0, |pool| pool.high_water_percent);
         let is_high = usage.is_some_and(|usage| usage.scarcest() * 100.0 >= high);
         seen.connecting = work.attempt.as_ref().is_some_and(Attempt::is_recent);
@@ -708,9 +713,8 @@ impl Volumes {
         seen.read = record.taken().is_some() && self.reader(record.id).is_some();
         let now = Instant::now();
         let share = work.progress.observe(record, &mut seen, is_high, now);
-        let copy = (record.id, record.generation);
         let place = self.hydrations.place(copy, share.candidate, share.copied, now);
-        work.progress.place(&mut seen, place, self.hydrations.is_spent());
+        work.progress.place(&mut seen, place, self.hydrations.is_spent(), now);
         Ok(seen)
     }
 
@@ -752,6 +756,14 @@ impl Volumes {
             open = self.look_for_writes(work).await?;
         }
         Ok(Evidence::Quiet)
+    }
+
+    /// Waits for the outcome of a step that nobody waits for otherwise.
+    pub async fn await_attempt(&self, work: &mut Work) {
+        if let Some(attempt) = &mut work.attempt {
+            // What became of it shows in the next look.
+            let _ = (&mut attempt.task).await;
+        }
     }
 
     /// Begins a step that nobody waits for; the next look finds its outcome.

@@ -468,6 +468,9 @@ impl Service {
     ) -> Result<u64, ServiceError> {
         self.volumes
             .with(self.lent_under(id, claim.grant, claim.generation), async |slot, work| {
+                if let Some(record) = &work.record {
+                    borrowed_by(record, claim.grant, caller)?;
+                }
                 let evidence = match force {
                     true => Evidence::Word,
                     false => self.volumes.evidence(work).await?,

@@ -57,8 +57,8 @@ pub fn may_forget(record: &Record, alive: bool) -> Result<(), Refusal> {
     let Some(receiving) = record.receiving() else {
         return match record.came_by {
             // All of it is here.
-            Some(_) => Ok(()),
-            None => Err(Refusal::VolumeNotHydrating(record.id)),
+            Some(_) if record.phase == Phase::Local => Ok(()),
+            Some(_) | None => Err(Refusal::VolumeNotHydrating(record.id)),
         };
     };
     match receiving.stage {

@@ -1,8 +1,9 @@
 //! Which copies may run now, when not all may: at most so many on a node, and at most
 //! so many from one source. Pure, and asked anew at each look.
 //!
-//! Higher priorities come first; among equals the one whose source was fenced first.
-//! Nobody is overtaken by an equal, so everybody's turn comes. A copy whose source is
+//! Higher priorities come first; among equals those that have passed on their turn less
+//! often, because nothing was copied in it; then the one whose source was fenced first.
+//! Nobody is overtaken by an equal that gets on, so everybody's turn comes. A copy whose source is
 //! busy keeps no copy from another source waiting.
 
 use std::{
@@ -30,6 +31,8 @@ pub struct Candidate {
     pub source: String,
     /// Higher ones come first; in [`PRIORITIES`].
     pub priority: i32,
+    /// How often it had its turn and nothing was copied; lower ones come first.
+    pub passes: u32,
     /// Lower ones come first among equals.
     pub turn: u64,
 }
@@ -52,7 +55,7 @@ pub fn places<K: Ord + Clone>(
     limits: Limits,
 ) -> BTreeMap<K, Place> {
     let mut order: Vec<(&K, &Candidate)> = candidates.iter().collect();
-    order.sort_by_key(|(key, candidate)| (Reverse(candidate.priority), candidate.turn, *key));
+    order.sort_by_key(|(key, one)| (Reverse(one.priority), one.passes, one.turn, *key));
     let mut running: Vec<&str> = Vec::new();
     let mut places = BTreeMap::new();
     for (before, (key, candidate)) in order.iter().enumerate() {
@@ -85,11 +88,10 @@ mod test {
     use super::*;
 
     fn any_candidates() -> impl Strategy<Value = BTreeMap<u32, Candidate>> {
-        let one = (0u8..3, -2i32..3, 0u64..6).prop_map(|(source, priority, turn)| Candidate {
-            source: format!("n{source}"),
-            priority,
-            turn,
-        });
+        let one =
+            (0u8..3, -2i32..3, 0u32..2, 0u64..6).prop_map(|(source, priority, passes, turn)| {
+                Candidate { source: format!("n{source}"), priority, passes, turn }
+            });
         proptest::collection::btree_map(0u32..100, one, 0..12)
     }
 
@@ -99,7 +101,8 @@ mod test {
 
     /// Whether the first comes before the second, whoever is who.
     fn precedes(first: &Candidate, second: &Candidate) -> bool {
-        (Reverse(first.priority), first.turn) < (Reverse(second.priority), second.turn)
+        let key = |one: &Candidate| (Reverse(one.priority), one.passes, one.turn);
+        key(first) < key(second)
     }
 
     proptest! {
@@ -141,7 +144,7 @@ mod test {
         fn everybody_among_equals_runs_once_those_before_it_are_done(
             mut candidates in any_candidates(), limits in any_limits()
         ) {
-            candidates.values_mut().for_each(|candidate| candidate.priority = 0);
+            candidates.values_mut().for_each(|one| (one.priority, one.passes) = (0, 0));
             let mut done = BTreeSet::new();
             // Whoever runs ends at some time, and somebody new always comes behind.
             let all: BTreeSet<u32> = candidates.keys().copied().collect();
@@ -154,7 +157,7 @@ mod test {
                 let source = format!("n{}", round % 3);
                 let turn = next_turn(candidates.values().map(|candidate| candidate.turn));
                 let fresh = 1000 + u32::try_from(round).unwrap();
-                candidates.insert(fresh, Candidate { source, priority: 0, turn: turn.max(6) });
+                candidates.insert(fresh, Candidate { source, priority: 0, passes: 0, turn: turn.max(6) });
                 let first = all.difference(&done).min_by_key(|key| (candidates[key].turn, **key));
                 if let Some(first) = first {
                     let places = super::places(&candidates, limits);
@@ -166,8 +169,12 @@ mod test {
 
     #[test]
     fn who_waits_is_told_for_how_many() {
-        let candidate =
-            |source: &str, priority, turn| Candidate { source: source.to_owned(), priority, turn };
+        let candidate = |source: &str, priority, turn| Candidate {
+            source: source.to_owned(),
+            priority,
+            passes: 0,
+            turn,
+        };
         let candidates = BTreeMap::from([
             ("old", candidate("a", 0, 1)),
             ("older", candidate("a", 0, 0)),
@@ -181,5 +188,13 @@ mod test {
         assert_eq!(places["late"], Place::Waits { before: 1 }, "so is this one's");
         let places = super::places(&candidates, Limits { at_once: 1, per_source: 1 });
         assert_eq!(places["late"], Place::Waits { before: 3 });
+        // One that did not get on in its turn lets the others go first, for a round.
+        let mut candidates = candidates;
+        candidates.get_mut("older").unwrap().passes = 1;
+        let places = super::places(&candidates, Limits { at_once: 3, per_source: 1 });
+        assert_eq!((places["old"], places["urgent"]), (Place::Runs, Place::Runs));
+        candidates.get_mut("old").unwrap().passes = 1;
+        let places = super::places(&candidates, Limits { at_once: 3, per_source: 1 });
+        assert_eq!(places["older"], Place::Runs);
     }
 }

@@ -122,7 +122,8 @@ fn libvirt_does_not_wait_for_ever() {
         .stdin(Stdio::piped())
         .spawn()
         .unwrap();
-    // Standard input stays open and silent.
+    // It stays open and silent: waiting would close it.
+    let _silent = child.stdin.take().unwrap();
     let status = child.wait().unwrap();
     assert!(status.success() && begun.elapsed() < BOUND, "{status} after {:?}", begun.elapsed());
 }

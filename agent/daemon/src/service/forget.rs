@@ -40,7 +40,10 @@ impl Service {
         self.volumes
             .with_newest(which.id, async |slot, work| {
                 which.of(work.record.as_ref())?;
-                // What is in its way does not matter here.
+                // What is in its way does not matter here; an attempt to reach the source
+                // that is under way does.
+                let _ = self.volumes.converge(slot, work).await;
+                self.volumes.await_attempt(work).await;
                 let _ = self.volumes.converge(slot, work).await;
                 let Some(record) = work.record.clone() else {
                     return Ok(Forgotten { view: None, lost: Lost::default() });
@@ -54,6 +57,8 @@ impl Service {
                     true => self.committed(&record).await?,
                     false => 0,
                 };
+                // That may have taken long enough for the source to come back.
+                let alive = forget::is_alive(&self.volumes.look(&record, work).await?);
                 if let Admitted::Journal(record) = forget::forget_source(&record, alive, committed)?
                 {
                     warn!(volume = %record.id, committed, "the source is given up");
