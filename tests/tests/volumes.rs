@@ -99,6 +99,7 @@ const EXTENT: &str = "DMLOCAL_SCENARIOS";
 /// Those that a change has to pass, and that are too much for every try: `--long`.
 const LONG: &[&str] = &[
     "writes_overlap_with_copying",
+    "a_source_that_is_still_written_is_not_fenced",
     "a_detached_volume_moves_cold_and_an_attached_one_does_not",
     "what_a_page_cache_holds_at_the_source_arrives",
     "two_volumes_pass_each_other",
@@ -112,19 +113,22 @@ const LONG: &[&str] = &[
     "a_volume_is_made_of_a_snapshot_on_another_node",
     "a_kernel_without_dm_clone_is_named",
     "agents_killed_while_a_volume_arrives_go_on",
-    "agents_killed_while_copying_go_on",
-    "agents_killed_while_parting_go_on",
     "fio_verifies_while_agents_are_killed",
     "a_source_that_lost_power_is_waited_for",
+    "a_source_that_is_lost_for_ever_is_given_up",
+    "a_guest_migrates_while_it_writes",
+];
+
+/// Those that wait for the kernel's own timeouts or for a whole shutdown, and those whose
+/// rules others hold to as well: `--full`.
+const FULL: &[&str] = &[
+    "agents_killed_while_copying_go_on",
+    "agents_killed_while_parting_go_on",
+    "a_destination_boots_while_its_source_is_away",
+    "a_source_behind_a_pulled_cable_is_waited_for",
     "a_guest_whose_migration_is_cancelled_stays",
     "a_guest_stays_whose_destination_loses_power",
     "a_volume_passes_through_a_node_before_it_is_whole_there",
-];
-
-/// Those that wait for the kernel's own timeouts, or for a whole shutdown: `--full`.
-const FULL: &[&str] = &[
-    "a_destination_boots_while_its_source_is_away",
-    "a_source_behind_a_pulled_cable_is_waited_for",
 ];
 
 fn main() -> ExitCode {

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use dmlocal_testbed::{Node, Running};
 
-use crate::bed::{Bed, LATER, SOON, Volume, ctl, kill_agent, until};
+use crate::bed::{Bed, LATER, SOON, Volume, ctl, kill_agent, kill_agents_during, until};
 
 pub fn agents_killed_around_the_switch_go_on(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
@@ -260,14 +260,12 @@ pub fn fio_verifies_while_agents_are_killed(bed: &Bed) -> Result<()> {
     };
     // Writes everything once, at a pace that leaves time to kill, and then reads it.
     let begin = |on: &Node| -> Result<Running> {
-        let argv = fio(&volume, "--rate_iops=60");
+        let argv = fio(&volume, "--rate_iops=40");
         on.spawn(&argv.iter().map(String::as_str).collect::<Vec<_>>())
     };
     let kill_both = |at_work: Running| -> Result<()> {
         at_work.wait_for_text("write: IOPS", SOON)?;
-        kill_agent(a)?;
-        kill_agent(b)?;
-        ensure!(!at_work.has_ended(), "fio had ended before the agents were killed");
+        kill_agents_during(&at_work, [a, b])?;
         at_work.wait(LATER)?.ok().map(drop)
     };
 

@@ -20,6 +20,15 @@ pub const GUEST_MIB: u32 = ((BLOCKS as u64 * GUEST_BLOCK) >> 20) as u32;
 /// Where a guest that comes from elsewhere is waited for.
 const PORT: u16 = 4444;
 
+/// How a guest is to move.
+#[derive(Clone, Copy)]
+pub struct Pace {
+    /// At most so many bytes a second.
+    pub bytes_per_s: u64,
+    /// How long it may be stopped for what is left.
+    pub downtime_ms: u64,
+}
+
 /// A guest, or the place that one is to move to.
 pub struct Guest {
     node: Node,
@@ -92,9 +101,11 @@ impl Guest {
         Ok(answer["return"].clone())
     }
 
-    /// Begins to move it to where it is expected, with at most so many bytes a second.
-    pub fn begin_move(&self, to: &Node, bytes_per_s: u64) -> Result<()> {
-        self.ask("migrate-set-parameters", &json!({ "max-bandwidth": bytes_per_s }))?;
+    /// Begins to move it to where it is expected.
+    pub fn begin_move(&self, to: &Node, pace: Pace) -> Result<()> {
+        let Pace { bytes_per_s, downtime_ms } = pace;
+        let pace = json!({ "max-bandwidth": bytes_per_s, "downtime-limit": downtime_ms });
+        self.ask("migrate-set-parameters", &pace)?;
         let uri = format!("tcp:{}:{PORT}", to.address());
         self.ask("migrate", &json!({ "uri": uri })).map(drop)
     }
