@@ -24,6 +24,8 @@ mod moves;
 mod refusals;
 #[path = "volumes/snapshots.rs"]
 mod snapshots;
+#[path = "volumes/sparse.rs"]
+mod sparse;
 #[path = "volumes/stays.rs"]
 mod stays;
 
@@ -67,6 +69,10 @@ const SCENARIOS: &[Scenario] = scenarios![
     moves::no_host_looks_into_a_volume,
     snapshots::a_snapshot_is_of_one_moment_and_a_volume_goes_back_to_it,
     snapshots::a_volume_is_made_of_a_snapshot_on_another_node,
+    sparse::only_what_was_written_travels_below_a_running_writer,
+    sparse::only_what_was_written_travels_cold_and_back,
+    sparse::agents_killed_while_marking_what_was_never_written_go_on,
+    sparse::what_is_made_of_a_sparse_snapshot_elsewhere_is_as_sparse,
     refusals::requests_that_make_no_sense_change_nothing,
     refusals::requests_during_a_move_change_nothing,
     refusals::certificates_of_other_roles_are_refused,
@@ -111,6 +117,9 @@ const LONG: &[&str] = &[
     "no_host_looks_into_a_volume",
     "a_snapshot_is_of_one_moment_and_a_volume_goes_back_to_it",
     "a_volume_is_made_of_a_snapshot_on_another_node",
+    "only_what_was_written_travels_cold_and_back",
+    "agents_killed_while_marking_what_was_never_written_go_on",
+    "what_is_made_of_a_sparse_snapshot_elsewhere_is_as_sparse",
     "a_kernel_without_dm_clone_is_named",
     "agents_killed_while_a_volume_arrives_go_on",
     "fio_verifies_while_agents_are_killed",

@@ -95,12 +95,23 @@ fn pairs(pairs: &[(&str, String)]) -> String {
 }
 
 /// The columns of `status`.
-const STATUS_HEAD: [&str; 11] = [
-    "ID", "SIZE", "STATE", "ATTACHED", "PERCENT", "LEFT", "RATE", "ETA", "SOURCE", "GEN", "DETAIL",
+const STATUS_HEAD: [&str; 12] = [
+    "ID",
+    "SIZE",
+    "ALLOCATED",
+    "STATE",
+    "ATTACHED",
+    "PERCENT",
+    "LEFT",
+    "RATE",
+    "ETA",
+    "SOURCE",
+    "GEN",
+    "DETAIL",
 ];
 
 /// Widths for lines that are printed one after the other.
-const STATUS_WIDTHS: [usize; 11] = [36, 9, 10, 8, 7, 9, 11, 6, 8, 3, 0];
+const STATUS_WIDTHS: [usize; 12] = [36, 9, 9, 10, 8, 7, 9, 11, 6, 8, 3, 0];
 
 /// The table of `status` and `volume list`.
 pub(crate) fn volumes(volumes: &[Volume]) -> String {
@@ -118,7 +129,7 @@ pub(crate) fn change(volume: &Volume, gone: bool) -> String {
 pub(crate) fn bars<'a>(volumes: impl Iterator<Item = &'a Volume>) -> String {
     let rows: Vec<_> = volumes
         .map(|volume| {
-            let [id, size, state, _, _, left, rate, eta, source, _, detail] =
+            let [id, size, _, state, _, _, left, rate, eta, source, _, detail] =
                 cells(volume, &state(volume));
             let progress = volume.percent.map_or_else(|| UNKNOWN.to_owned(), bar);
             [id, size, state, progress, left, rate, eta, source, detail]
@@ -129,7 +140,7 @@ pub(crate) fn bars<'a>(volumes: impl Iterator<Item = &'a Volume>) -> String {
 
 /// How far a copy is, in one short line.
 pub(crate) fn progress(volume: &Volume) -> String {
-    let [_, _, state, _, _, left, rate, eta, ..] = cells(volume, &state(volume));
+    let [_, _, _, state, _, _, left, rate, eta, ..] = cells(volume, &state(volume));
     let bar = volume.percent.map_or_else(String::new, |percent| bar(percent) + "  ");
     format!("{bar}{state}  {left} left  {rate}  {eta}")
 }
@@ -148,10 +159,11 @@ fn share(percent: f64) -> String {
     format!("{:.1}%", (percent * 10.0).floor() / 10.0)
 }
 
-fn cells(volume: &Volume, state: &str) -> [String; 11] {
+fn cells(volume: &Volume, state: &str) -> [String; 12] {
     [
         plain(&volume.id),
         size::show(volume.size_bytes),
+        known(volume.allocated_bytes.map(size::show)),
         state.to_owned(),
         yes(volume.attached),
         known(volume.percent.map(share)),
@@ -172,6 +184,7 @@ pub(crate) fn volume(volume: &Volume) -> String {
     pairs(&[
         ("id", plain(&volume.id)),
         ("size", format!("{} ({} bytes)", size::show(volume.size_bytes), volume.size_bytes)),
+        ("allocated", known(volume.allocated_bytes.map(size::show))),
         ("state", state(volume)),
         ("detail", plain(&volume.detail)),
         ("attached", yes(volume.attached)),
@@ -344,6 +357,7 @@ mod test {
         Volume {
             id: "6e1f2a52-6c57-4a7b-9d3a-0f4dd1f0c001".into(),
             size_bytes: 1 << 30,
+            allocated_bytes: Some(96 << 20),
             state: VolumeState::Hydrating.into(),
             attached: true,
             device_path: Some("/dev/mapper/dmlocal-6e1f".into()),
@@ -385,9 +399,9 @@ mod test {
     #[test]
     fn status_shows_a_line_per_volume_and_dashes_for_what_is_unknown() {
         let expected = "\
-ID                                    SIZE   STATE      ATTACHED  PERCENT  LEFT    RATE     ETA  SOURCE  GEN  DETAIL
-6e1f2a52-6c57-4a7b-9d3a-0f4dd1f0c001  1GiB   hydrating  yes       42.1%    600MiB  80MiB/s  7s   node-a  2
-0b8f5a9e-53cc-4b8b-8f0e-9b1f3c2d4e5f  64MiB  local      no        -        -       -        -    -       1    nothing\\nto see
+ID                                    SIZE   ALLOCATED  STATE      ATTACHED  PERCENT  LEFT    RATE     ETA  SOURCE  GEN  DETAIL
+6e1f2a52-6c57-4a7b-9d3a-0f4dd1f0c001  1GiB   96MiB      hydrating  yes       42.1%    600MiB  80MiB/s  7s   node-a  2
+0b8f5a9e-53cc-4b8b-8f0e-9b1f3c2d4e5f  64MiB  -          local      no        -        -       -        -    -       1    nothing\\nto see
 ";
         assert_eq!(volumes(&[hydrating(), local()]), expected);
     }

@@ -34,6 +34,7 @@ pub fn describe(record: &Record, rest: Rest, progress: &Progress) -> String {
         (Rest::Wait(Wait::Lost), _) => format!(
             "source {node} was given up: reads of what is missing fail until it is rewritten"
         ),
+        (Rest::Wait(Wait::Map), _) => format!("source {node} is asked what was never written"),
         (Rest::Wait(Wait::Hydration), _) if record.tuning.paused => "paused".to_owned(),
         (Rest::Wait(Wait::Hydration), _) => progress.pause().map_or_else(String::new, paused),
         (rest, _) => at_rest(rest),
@@ -47,9 +48,9 @@ fn at_rest(rest: Rest) -> String {
         Rest::Wait(Wait::Operator) => "a device is not as the journal says".to_owned(),
         Rest::Settled
         | Rest::Gone
-        | Rest::Wait(Wait::Switch | Wait::Hydration | Wait::Source | Wait::Lost | Wait::Peer) => {
-            String::new()
-        }
+        | Rest::Wait(
+            Wait::Switch | Wait::Map | Wait::Hydration | Wait::Source | Wait::Lost | Wait::Peer,
+        ) => String::new(),
     }
 }
 

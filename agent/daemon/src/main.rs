@@ -10,6 +10,7 @@ mod progress;
 mod reconcile;
 mod rpc;
 mod service;
+mod source_map;
 mod store;
 #[cfg(test)]
 mod story;

@@ -3,7 +3,14 @@
 use std::{collections::BTreeMap, sync::Mutex, time::Duration};
 
 use async_trait::async_trait;
-use dmlocal_model::{admit::Claim, forget::GrantFate, name::VolumeId, volume::Borrower};
+use dmlocal_model::{
+    admit::Claim,
+    forget::GrantFate,
+    name::{Generation, VolumeId},
+    seeding::{AllocationMap, Unwritten},
+    units::Sectors,
+    volume::Borrower,
+};
 use dmlocal_proto::v1;
 use tonic::{
     Code, Status,
@@ -77,6 +84,15 @@ pub trait Peers: Send + Sync + 'static {
 
     /// Nobody uses the source any more: the destination need not wait for a write.
     async fn hasten(&self, peer: &Peer, volume: VolumeId, grant: Uuid) -> Result<(), PeerError>;
+
+    /// What was never written to the fenced volume there, in regions of this size.
+    async fn allocation(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+        region: Sectors,
+    ) -> Result<AllocationMap, PeerError>;
 
     /// The copy there may go.
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError>;
@@ -202,6 +218,29 @@ impl Peers for TlsPeers {
         self.outcome(peer, answer).map(|_| ())
     }
 
+    async fn allocation(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+        region: Sectors,
+    ) -> Result<AllocationMap, PeerError> {
+        let request = v1::GetAllocationRequest {
+            volume_id: volume.to_string(),
+            grant_id: claim.grant.to_string(),
+            incarnation: claim.incarnation.to_string(),
+            generation: claim.generation.0,
+            region_bytes: region.bytes(),
+        };
+        let answer = self.moves(peer)?.get_allocation(request).await;
+        let answer = self.outcome(peer, answer)?;
+        map_of(&answer).ok_or_else(|| PeerError::Refused {
+            node: peer.node.clone(),
+            reason: "ALLOCATION_UNKNOWN".to_owned(),
+            message: "its map is malformed".to_owned(),
+        })
+    }
+
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
         let request = v1::ReleaseRequest {
             volume_id: volume.to_string(),
@@ -234,4 +273,18 @@ impl Peers for TlsPeers {
         let v1::QueryGrantResponse { taken, released } = self.outcome(peer, answer)?;
         Ok(GrantFate { taken, released })
     }
+}
+
+/// What a source says of its copy; none if it is malformed.
+fn map_of(answer: &v1::Allocation) -> Option<AllocationMap> {
+    let (length, region) =
+        (Sectors::from_bytes(answer.size_bytes), Sectors::from_bytes(answer.region_bytes));
+    Some(AllocationMap {
+        grant: answer.grant_id.parse().ok()?,
+        incarnation: answer.incarnation.parse().ok()?,
+        generation: Generation(answer.generation),
+        length,
+        region,
+        unwritten: Unwritten::of_words(&answer.unwritten, length, region)?,
+    })
 }

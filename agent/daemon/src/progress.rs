@@ -11,6 +11,7 @@ use dmlocal_model::{
     forget,
     plan::Seen,
     schedule::{Candidate, Place},
+    seeding::Seeding,
     table::CloneStatus,
     volume::{ReceivingStage, Record},
 };
@@ -121,6 +122,7 @@ impl Progress {
             && forget::is_alive(seen)
             && !receiving.forgotten
             && receiving.failure.is_none()
+            && receiving.seeding != Seeding::Wanted
             && !(record.tuning.paused || closed || seen.resting);
         let candidate = could.then(|| Candidate {
             source: receiving.source.node.clone(),
@@ -146,6 +148,13 @@ impl Progress {
             // The others first.
             (self.idle_since, self.passes) = (None, self.passes.saturating_add(1));
         }
+    }
+
+    /// What counts as being here without having been copied is neither part of the rate
+    /// nor spent.
+    pub fn restart(&mut self) {
+        self.samples.clear();
+        self.budget = None;
     }
 
     fn over_budget(&mut self, rate: u64, here: u64, now: Instant) -> bool {

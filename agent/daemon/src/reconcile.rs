@@ -44,6 +44,7 @@ use crate::{
     kernel::{Kernel, PoolFacts, PoolUsage, StepError},
     peers::{Peer, PeerError, Peers},
     progress::Progress,
+    source_map::Asked,
     store::{Store, StoreError},
 };
 
@@ -177,7 +178,7 @@ pub struct Slot {
     generation: Generation,
     work: tokio::sync::Mutex<Work>,
     view: watch::Sender<Option<View>>,
-    nudge: Notify,
+    nudge: Arc<Notify>,
 }
 
 /// What only the holder of a volume's lock may see or change.
@@ -195,6 +196,7 @@ pub struct Work {
     asked: bool,
     activity: Activity,
     attempt: Option<Attempt>,
+    source_map: Asked,
 }
 
 impl Work {
@@ -493,7 +495,9 @@ impl Volumes {
             let pause = match rest {
                 Some(Rest::Settled) => None,
                 Some(Rest::Wait(Wait::Switch)) => Some(HELD_POLL),
-                Some(Rest::Wait(Wait::Hydration | Wait::Source | Wait::Lost)) => Some(COPY_LOOK),
+                Some(Rest::Wait(Wait::Hydration | Wait::Source | Wait::Lost | Wait::Map)) => {
+                    Some(COPY_LOOK)
+                }
                 Some(Rest::Wait(Wait::Pool)) => Some(RETRY * 2),
                 Some(Rest::Wait(Wait::Peer)) if is_offered => Some(activity::LOOK),
                 Some(Rest::Wait(Wait::Operator | Wait::Peer | Wait::Readers)) => Some(WAITING_LOOK),
@@ -643,6 +647,16 @@ impl Volumes {
                         outcome => outcome?,
                     }
                 }
+                Next::DoThen(step @ Step::Seed(_), event) => {
+                    if let Err(error) = self.apply(&record, step, work).await {
+                        // Never the move's failure: what cannot be marked is copied.
+                        warn!(volume = %record.id, %error, "what was never written is not marked");
+                        work.source_map.failed_here();
+                        return Ok(Rest::Wait(Wait::Map));
+                    }
+                    work.progress.restart();
+                    self.journal(slot, work, event).await?;
+                }
                 Next::DoThen(step, event) => {
                     self.apply(&record, step, work).await?;
                     self.journal(slot, work, event).await?;
@@ -662,6 +676,14 @@ impl Volumes {
                     self.journal(slot, work, Event::Floor(floor)).await?;
                 }
                 Next::Journal(event) => self.journal(slot, work, event).await?,
+                Next::AskForMap => {
+                    if let Some(receiving) = record.receiving() {
+                        let (peer, claim) = source_of(&record, receiving);
+                        let (peers, nudge) = (Arc::clone(&self.peers), Arc::clone(&slot.nudge));
+                        let question = (peer, record.id, claim, receiving.region);
+                        work.source_map.ask(peers, nudge, question);
+                    }
+                }
                 Next::Ask(_) | Next::AskThenForget(_) if work.silent => {
                     return Ok(Rest::Wait(Wait::Peer));
                 }
@@ -708,6 +730,7 @@ impl Volumes {
         })?;
         let high = self.config.pool(&record.pool).map_or(100.0, |pool| pool.high_water_percent);
         let is_high = usage.is_some_and(|usage| usage.scarcest() * 100.0 >= high);
+        seen.map = work.source_map.map();
         seen.connecting = work.attempt.as_ref().is_some_and(Attempt::is_recent);
         seen.asked = work.asked;
         seen.read = record.taken().is_some() && self.reader(record.id).is_some();
@@ -790,7 +813,7 @@ impl Volumes {
             Step::Tune { threshold, batch } if outcome.is_ok() => {
                 work.progress.tuned = Some((*threshold, *batch));
             }
-            Step::LoadClone { .. } => work.progress.tuned = None,
+            Step::LoadClone { .. } | Step::Seed(_) => work.progress.tuned = None,
             Step::OpenHandle(_) => work.progress.cache_dropped = false,
             Step::DropCache(_) => work.progress.cache_dropped = outcome.is_ok(),
             Step::Set(Role::Export, _) => work.progress.announced = false,
@@ -875,6 +898,9 @@ impl Volumes {
             });
         }
         info!(volume = %record.id, ?event, "journal");
+        if matches!(event, Event::Seeded | Event::SeedingSkipped) {
+            work.source_map.forget();
+        }
         let fenced = event == Event::SourceFenced;
         let mut after =
             record.after(event).map_err(|error| ServiceError::Internal(error.to_string()))?;
@@ -1045,7 +1071,7 @@ impl Slot {
             generation,
             work: tokio::sync::Mutex::default(),
             view: watch::Sender::new(None),
-            nudge: Notify::new(),
+            nudge: Arc::default(),
         }
     }
 }

@@ -9,6 +9,7 @@ use std::{
         Arc,
         atomic::{AtomicU16, Ordering},
     },
+    time::Duration,
 };
 
 use dmlocal_model::{
@@ -18,7 +19,9 @@ use dmlocal_model::{
     hydration,
     name::{DmName, Generation, NQN_PREFIX, Role, VolumeId},
     plan::{self, Device, Wait},
+    seeding::AllocationMap,
     table::CloneStatus,
+    units::Sectors,
     volume::{Borrower, Event, ExportName, LentStage, ReceivingStage, Record, Tombstone},
 };
 use tokio::sync::Mutex;
@@ -39,6 +42,9 @@ const GRANT_TARGETS: [&str; 3] = ["delay", "error", "linear"];
 
 /// Room outside the thin pool below which LVM is asked again, in bytes.
 const SCARCE: u64 = 64 << 20;
+
+/// Longest wait for what volumes take in their pools.
+const MEASURE: Duration = Duration::from_secs(1);
 
 /// A node's interface in its own words.
 pub struct Service {
@@ -491,6 +497,36 @@ impl Service {
             .await
     }
 
+    /// What was never written here, for the grant's holder.
+    ///
+    /// # Errors
+    /// See [`admit::allocation`]; whatever else keeps it from being known is a
+    /// refusal as well.
+    pub async fn allocation(
+        &self,
+        id: VolumeId,
+        claim: &Claim,
+        region: Sectors,
+        caller: Option<&str>,
+    ) -> Result<AllocationMap, ServiceError> {
+        // Under the lock: the copy neither goes nor changes hands meanwhile.
+        self.volumes
+            .with(self.lent_under(id, claim.grant, claim.generation), async |_, work| {
+                let record = work.record.clone().ok_or(Refusal::GrantUnknown(claim.grant))?;
+                borrowed_by(&record, claim.grant, caller)?;
+                admit::allocation(&record, claim)?;
+                let (length, incarnation) = (record.size, record.incarnation);
+                let kernel = Arc::clone(&self.volumes.kernel);
+                let asked = tokio::task::spawn_blocking(move || kernel.allocation(&record, region));
+                let unwritten = asked
+                    .await?
+                    .map_err(|error| Refusal::AllocationUnknown { id, why: error.to_string() })?;
+                let Claim { grant, generation, .. } = *claim;
+                Ok(AllocationMap { grant, incarnation, generation, length, region, unwritten })
+            })
+            .await
+    }
+
     /// Lets this copy go, for the grant's holder.
     ///
     /// # Errors
@@ -553,6 +589,26 @@ impl Service {
         let mut copies = self.volumes.copies(id).into_iter().map(|view| view.record);
         let lent = copies.find(|r| r.lent().is_some_and(|lent| lent.to.grant == grant));
         (id, lent.map_or(believed, |record| record.generation))
+    }
+
+    /// What readers see, with what each volume takes in its pool now: nothing else
+    /// happens when that changes.
+    pub async fn measured(&self, views: Vec<View>) -> Vec<View> {
+        let (kernel, known) = (Arc::clone(&self.volumes.kernel), views.clone());
+        let measured = tokio::task::spawn_blocking(move || {
+            let mut views = views;
+            for view in &mut views {
+                if let Some(seen) = &mut view.seen {
+                    seen.allocated = kernel.allocated(&view.record);
+                }
+            }
+            views
+        });
+        // A pool that is stuck holds up no reader.
+        match tokio::time::timeout(MEASURE, measured).await {
+            Ok(Ok(views)) => views,
+            Ok(Err(_)) | Err(_) => known,
+        }
     }
 
     /// Room in a pool as it stands; `fresh` asks LVM whatever is known already.

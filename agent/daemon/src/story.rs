@@ -15,8 +15,10 @@ use dmlocal_model::{
     forget::GrantFate,
     name::{Generation, VolumeId},
     plan::Seen,
+    seeding::{AllocationMap, Seeding},
     sim::{Io, REGION_BYTES, REGIONS, VOLUME_BYTES, World},
     table::CloneStatus,
+    units::Sectors,
     volume::{Borrower, LentStage, Phase, ReceivingStage, Source},
 };
 use tokio::{sync::Notify, time::timeout};
@@ -27,7 +29,7 @@ use crate::{
     kernel::fake::{FakeKernel, every_target, locked, roomy_pool},
     peers::{Peer, PeerError, Peers},
     reconcile::{ServiceError, View, Volumes},
-    service::Service,
+    service::{Service, bytes_left},
     store::Store,
 };
 
@@ -83,6 +85,16 @@ impl Peers for Direct {
         refused(peer, self.at(peer)?.hasten(volume, grant, None).await)
     }
 
+    async fn allocation(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+        region: Sectors,
+    ) -> Result<AllocationMap, PeerError> {
+        refused(peer, self.at(peer)?.allocation(volume, claim, region, None).await)
+    }
+
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
         refused(peer, self.at(peer)?.release(volume, claim, None).await)
     }
@@ -100,6 +112,9 @@ impl Peers for Direct {
         refused(peer, self.at(peer)?.grant_fate(volume, claim.grant))
     }
 }
+
+/// What the story never writes.
+const NEVER: usize = 1;
 
 /// Two agents on the journals of a directory.
 struct Pair {
@@ -214,6 +229,33 @@ impl Pair {
         waited.await.unwrap_or_else(|_| panic!("node {node} says `{}`", said()));
     }
 
+    /// Waits, without copying anything, until what was never written counts as being
+    /// at a node.
+    async fn until_marked(&self, node: usize) {
+        let marked = |record: &dmlocal_model::volume::Record| {
+            record.receiving().is_some_and(|receiving| receiving.seeding == Seeding::Done)
+        };
+        let waited = timeout(PATIENCE, async {
+            while !self.view(node).is_some_and(|view| marked(&view.record)) {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        });
+        waited.await.unwrap();
+    }
+
+    /// A write that may have to wait while what was never written is marked.
+    async fn write_in_time(&self, node: usize, region: usize, value: u64) {
+        let waited = timeout(PATIENCE, async {
+            loop {
+                match self.write(node, region, value) {
+                    Io::Waits => tokio::time::sleep(Duration::from_millis(2)).await,
+                    io => break io,
+                }
+            }
+        });
+        assert_eq!(waited.await, Ok(Io::Done(())));
+    }
+
     /// Waits until a node has no other copy but the newest.
     async fn until_alone(&self, node: usize) {
         let volumes = &self.services[node].volumes;
@@ -282,14 +324,14 @@ async fn story(pair: &Pair, written: &Mutex<u64>) -> Result<(), ServiceError> {
     let [a, b] = &pair.services[..] else { panic!("two agents") };
     a.create(pair.id, VOLUME_BYTES, "").await?;
     a.attach(pair.id, None).await?;
-    for region in 0..REGIONS {
+    for region in (0..REGIONS).filter(|region| *region != NEVER) {
         assert_eq!(pair.write(0, region, 100 + region as u64), Io::Done(()));
     }
     *written.lock().unwrap() = 1;
     pair.begin_move(true).await?;
     assert_eq!(pair.read(1, 0), Io::Done(100));
     b.switch(pair.id, false).await?;
-    assert_eq!(pair.write(1, 2, 200), Io::Done(()));
+    pair.write_in_time(1, 2, 200).await;
     *written.lock().unwrap() = 2;
     assert_eq!(pair.write(0, 2, 300), Io::Failed, "the source is fenced");
     pair.until(1, is_local).await;
@@ -321,6 +363,7 @@ async fn judge(pair: &Pair, written: u64) {
         let wanted = match written {
             0 => 0,
             2 if region == 2 => 200,
+            _ if region == NEVER => 0,
             _ => 100 + region as u64,
         };
         assert_eq!(pair.read(home, region), Io::Done(wanted), "region {region}");
@@ -597,6 +640,7 @@ fn a_clone_whose_metadata_is_lost_fails_and_is_never_begun_anew() {
         let pair = Pair::open(Arc::clone(&world), first.path()).await;
         pair.services[0].create(pair.id, VOLUME_BYTES, "").await.unwrap();
         pair.services[0].attach(pair.id, None).await.unwrap();
+        assert_eq!(pair.write(0, 1, 6), Io::Done(()));
         pair.begin_move(true).await.unwrap();
         pair.services[1].switch(pair.id, false).await.unwrap();
         assert_eq!(pair.write(1, 0, 7), Io::Done(()));
@@ -628,7 +672,7 @@ async fn chain(pair: &Pair, written: &Mutex<u64>) -> Result<(), ServiceError> {
     *written.lock().unwrap() = 1;
     pair.move_between(0, 1, 7, true).await?;
     b.switch(pair.id, false).await?;
-    assert_eq!(pair.write(1, 2, 200), Io::Done(()));
+    pair.write_in_time(1, 2, 200).await;
     *written.lock().unwrap() = 2;
     pair.move_between(1, 2, 8, true).await?;
     assert_eq!(pair.read(2, 2), Io::Done(200), "through two nodes");
@@ -759,6 +803,9 @@ fn a_chain_has_a_limit() {
         let world = Arc::new(Mutex::new(World::new(3)));
         let pair = Pair::open_with(world, directory.path(), 2, |_| {}).await;
         pair.services[0].create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        pair.services[0].attach(pair.id, None).await.unwrap();
+        assert_eq!(pair.write(0, 1, 6), Io::Done(()));
+        pair.services[0].detach(pair.id).await.unwrap();
         pair.move_between(0, 1, 7, false).await.unwrap();
         pair.services[1].detach(pair.id).await.unwrap();
         pair.move_between(1, 2, 8, false).await.unwrap();
@@ -816,6 +863,7 @@ fn copies_wait_for_their_turn_and_say_so() {
         for (pair, grant) in [(&first, 7), (&second, 8)] {
             a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
             a.attach(pair.id, None).await.unwrap();
+            assert_eq!(pair.write(0, 1, 6), Io::Done(()));
             pair.move_between(0, 1, grant, true).await.unwrap();
             b.switch(pair.id, false).await.unwrap();
         }
@@ -868,7 +916,9 @@ async fn half_way(pair: &Pair) {
     let [a, b, ..] = &pair.services[..] else { panic!("two agents") };
     a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
     a.attach(pair.id, None).await.unwrap();
-    assert_eq!(pair.write(0, 0, 10), Io::Done(()));
+    for region in 0..REGIONS {
+        assert_eq!(pair.write(0, region, 10), Io::Done(()));
+    }
     assert_eq!(one(a.forget_source(pair.id).await), "VOLUME_NOT_HYDRATING");
     pair.begin_move(true).await.unwrap();
     assert_eq!(one(b.forget_source(pair.id).await), "SOURCE_NOT_FENCED", "it is held");
@@ -922,6 +972,27 @@ fn a_source_that_is_given_up_takes_what_only_it_had_along_and_nothing_else() {
         a.delete(pair.id).await.unwrap();
         pair.until(0, |view| view.is_none()).await;
         assert!(locked(&world).is_clean(0) && locked(&world).is_clean(2));
+    });
+}
+
+#[test]
+fn what_was_never_written_is_not_lost_with_its_source() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        a.attach(pair.id, None).await.unwrap();
+        assert_eq!(pair.write(0, 0, 10), Io::Done(()));
+        pair.begin_move(true).await.unwrap();
+        b.switch(pair.id, false).await.unwrap();
+        pair.until_marked(1).await;
+        locked(&world).network = false;
+        let forgotten = b.forget_source(pair.id).await.unwrap();
+        assert_eq!(forgotten.lost.regions, 1);
+        pair.until(1, |_| pair.read(1, 0) == Io::Failed).await;
+        assert_eq!(pair.read(1, 3), Io::Done(0));
     });
 }
 
@@ -1031,6 +1102,7 @@ fn a_volume_is_deleted_before_it_has_arrived_and_the_source_lets_go() {
         let [a, b] = &pair.services[..] else { panic!("two agents") };
         a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
         a.attach(pair.id, None).await.unwrap();
+        assert_eq!(pair.write(0, 1, 6), Io::Done(()));
         pair.begin_move(true).await.unwrap();
         assert_eq!(one(b.delete(pair.id).await), "VOLUME_MOVING", "it is held");
         b.switch(pair.id, false).await.unwrap();
@@ -1164,6 +1236,7 @@ fn a_guest_that_is_said_to_have_left_hastens_the_switch_and_nothing_else() {
         assert_eq!(one(a.guest_left(pair.id).await), "VOLUME_NOT_FOUND");
         a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
         a.attach(pair.id, None).await.unwrap();
+        assert_eq!(pair.write(0, 0, 7), Io::Done(()));
         a.guest_left(pair.id).await.unwrap();
         pair.begin_move(true).await.unwrap();
         // Early, or a lie: somebody has the handle open.
@@ -1183,5 +1256,30 @@ fn a_guest_that_is_said_to_have_left_hastens_the_switch_and_nothing_else() {
         pair.until(1, is_local).await;
         pair.until(0, |view| view.is_none()).await;
         assert_eq!(one(b.hasten(pair.id, grant, Some("n0")).await), "GRANT_UNKNOWN", "late");
+    });
+}
+
+/// What was never written neither travels nor takes room, whoever writes meanwhile.
+#[test]
+fn only_what_was_written_travels() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+        a.attach(pair.id, None).await.unwrap();
+        assert_eq!(pair.write(0, 1, 6), Io::Done(()));
+        let allocated = |view: View| view.seen.unwrap().allocated.unwrap().bytes();
+        pair.begin_move(true).await.unwrap();
+        b.switch(pair.id, false).await.unwrap();
+        assert_eq!(pair.write(1, 3, 7), Io::Done(()), "before the source has told anything");
+        // What is left is what was written.
+        pair.until_marked(1).await;
+        assert_eq!(bytes_left(&pair.view(1).unwrap()), Some(REGION_BYTES));
+        pair.until(1, is_local).await;
+        let read: Vec<_> = (0..REGIONS).map(|region| pair.read(1, region)).collect();
+        assert_eq!(read, [Io::Done(0), Io::Done(6), Io::Done(0), Io::Done(7)]);
+        assert_eq!(allocated(pair.view(1).unwrap()), 2 * REGION_BYTES);
     });
 }

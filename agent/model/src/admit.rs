@@ -14,6 +14,7 @@ use crate::{
     name::{Generation, VolumeId},
     plan::Device,
     schedule::PRIORITIES,
+    seeding::Seeding,
     units::Sectors,
     volume::{
         Borrower, Event, ExportName, IllegalTransition, Lent, LentStage, Lineage, Origin, Phase,
@@ -254,6 +255,14 @@ pub enum Refusal {
     /// The kernel lacks a device-mapper target.
     #[error("the kernel has no device-mapper target `{0}`")]
     TargetMissing(String),
+    /// Nothing certain is known of what was never written to a volume.
+    #[error("volume {id}: what was never written is not known: {why}")]
+    AllocationUnknown {
+        /// The volume.
+        id: VolumeId,
+        /// Why not.
+        why: String,
+    },
 }
 
 impl Refusal {
@@ -298,6 +307,7 @@ impl Refusal {
             Self::PoolOfSource { .. } => "POOL_OF_SOURCE",
             Self::VolumeReverting(_) => "VOLUME_REVERTING",
             Self::TargetMissing(_) => "TARGET_MISSING",
+            Self::AllocationUnknown { .. } => "ALLOCATION_UNKNOWN",
         }
     }
 }
@@ -767,6 +777,7 @@ pub fn receive(
             floor: 0,
             forgotten: false,
             turn: 0,
+            seeding: Seeding::Wanted,
             stage: ReceivingStage::Allocating,
             rebuild: None,
             forced: false,
@@ -943,6 +954,24 @@ pub fn fence(record: &Record, claim: &Claim, evidence: Evidence) -> Result<Admit
         }
         LentStage::Revoking => Err(Refusal::GrantUnknown(claim.grant)),
         LentStage::Releasing => Ok(Admitted::Already),
+    }
+}
+
+/// The grant's holder asks what was never written here: only once that is final,
+/// and only of a copy that has everything itself. What a relaying copy lacks was
+/// written elsewhere, although nothing of it is allocated here.
+///
+/// # Errors
+/// The grant is not open here, names another generation, is not fenced, or there is
+/// no such map.
+pub fn allocation(record: &Record, claim: &Claim) -> Result<(), Refusal> {
+    let unknown =
+        |why: &str| Err(Refusal::AllocationUnknown { id: record.id, why: why.to_owned() });
+    match (claimed(record, claim)?.stage, &record.phase) {
+        (LentStage::Fenced, Phase::Lent(_)) => Ok(()),
+        (LentStage::Fenced, _) => unknown("its data is still on the way to this node"),
+        (LentStage::Published | LentStage::Fencing, _) => unknown("it is still written"),
+        (LentStage::Revoking | LentStage::Releasing, _) => Err(Refusal::GrantUnknown(claim.grant)),
     }
 }
 

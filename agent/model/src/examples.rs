@@ -1,12 +1,15 @@
 //! The planner by example: one test for each thing that would lose data if it
 //! were otherwise.
 
+mod seeding;
+
 use uuid::Uuid;
 
 use crate::{
     hydration::Tuning,
     name::{Generation, Role, VolumeId},
     plan::{Call, Device, Import, Lv, Next, Presence, Seen, Step, Wait, lv_names, made_lv, next},
+    seeding::{Seeding, SourceMap},
     table::{CloneStatus, Table, Target},
     units::{DevNo, Sectors},
     volume::{
@@ -82,6 +85,7 @@ fn receiving(stage: ReceivingStage) -> Record {
         floor: 2,
         forgotten: false,
         turn: 0,
+        seeding: Seeding::Done,
         stage,
         rebuild: None,
         forced: false,
@@ -130,6 +134,8 @@ fn swing() -> Seen {
         tuned: Some((Tuning::default().threshold, Tuning::default().batch)),
         cache_dropped: true,
         announced: true,
+        map: SourceMap::Unasked,
+        allocated: None,
     }
 }
 

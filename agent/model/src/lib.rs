@@ -10,6 +10,7 @@ pub mod hydration;
 pub mod name;
 pub mod plan;
 pub mod schedule;
+pub mod seeding;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod table;

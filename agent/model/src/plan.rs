@@ -12,11 +12,16 @@
 //! elsewhere, build a clone once the journal says that everything is here, or
 //! put a writable handle over a clone before the source has answered.
 
+mod seeding;
+
+use std::sync::Arc;
+
 use uuid::Uuid;
 
 use crate::{
     hydration,
     name::{self, DmName, Role},
+    seeding::{AllocationMap, Seeding, SourceMap},
     table::{CloneStatus, Table, Target},
     units::{DevNo, Sectors},
     volume::{
@@ -70,6 +75,10 @@ pub struct Seen {
     pub cache_dropped: bool,
     /// Whether the borrower is known to have been told of the export's size.
     pub announced: bool,
+    /// What the source says was never written.
+    pub map: SourceMap,
+    /// How much of the data LV its thin pool has given out; none if it is not thin.
+    pub allocated: Option<Sectors>,
 }
 
 /// A logical volume that is active.
@@ -184,6 +193,9 @@ pub enum Step {
     BlockDiscards(DevNo),
     /// Turn background copying on or off.
     Hydrate(bool),
+    /// Mark what the source never wrote as being here, and commit that, while the
+    /// handle waits. Refused while anything is being copied.
+    Seed(Arc<AllocationMap>),
     /// Tell the clone how much to copy at once.
     Tune {
         /// Regions at the same time.
@@ -253,6 +265,8 @@ pub enum Call {
 pub enum Wait {
     /// The consumer's first write, or a call.
     Switch,
+    /// The source's map of what was never written.
+    Map,
     /// Copying goes on in the kernel.
     Hydration,
     /// The source does not answer.
@@ -287,6 +301,9 @@ pub enum Next {
     Journal(Event),
     /// Ask the other node and journal its answer.
     Ask(Call),
+    /// Ask the source what was never written; nothing waits for the answer but
+    /// copying.
+    AskForMap,
     /// Ask the other node; once it has answered, the record may go.
     AskThenForget(Call),
     /// Nothing now; look again on any change.
@@ -739,7 +756,7 @@ impl Plan<'_> {
             S::Held if self.seen.held > 0 => Next::Journal(Event::SwitchAsked),
             S::Held | S::Refused => Next::Wait(Wait::Switch),
             S::Switching => Next::Ask(Call::Fence),
-            _ => self.hydrating(),
+            _ => self.hydrating(receiving),
         }
     }
 
@@ -877,6 +894,9 @@ impl Plan<'_> {
                 return Err(Box::new(Next::Wait(Wait::Operator)));
             }
             Some(Device { table: None, .. }) | None => {
+                if armed && let Some(next) = Self::unseeded_before_a_reboot(receiving) {
+                    return Err(Box::new(next));
+                }
                 let floor = armed.then_some(receiving.floor);
                 return Err(Box::new(one(Step::LoadClone { table, floor })));
             }
@@ -932,7 +952,7 @@ impl Plan<'_> {
         table.is_some_and(|table| matches!(table.target, Target::Queue { .. }))
     }
 
-    fn hydrating(&self) -> Next {
+    fn hydrating(&self, receiving: &Receiving) -> Next {
         let Some(CloneStatus::Working { hydrated, total, enabled, .. }) = self.seen.clone_status
         else {
             return Next::Wait(Wait::Operator);
@@ -942,12 +962,17 @@ impl Plan<'_> {
         let tuning = &self.record.tuning;
         // Once another node has taken over, what is copied here is copied twice.
         let closed = self.record.lent().is_some_and(|lent| lent.stage.is_closed());
-        let forgotten = self.record.receiving().is_some_and(|receiving| receiving.forgotten);
-        let wanted = reachable && !tuning.paused && !self.seen.resting && !closed && !forgotten;
+        let seeded = receiving.seeding != Seeding::Wanted;
+        let wanted = reachable
+            && seeded
+            && !tuning.paused
+            && !self.seen.resting
+            && !closed
+            && !receiving.forgotten;
         if enabled && !wanted {
             return one(Step::Hydrate(false));
         }
-        if hydrated < total && !reachable && !forgotten {
+        if hydrated < total && !reachable && !receiving.forgotten {
             return Next::Wait(Wait::Source);
         }
         // What was read before the fence may have stayed in the page cache.
@@ -959,11 +984,14 @@ impl Plan<'_> {
         if hydrated == total {
             return Next::DoThen(Step::Commit, Event::Committed);
         }
-        if forgotten {
+        if receiving.forgotten {
             return Next::Wait(Wait::Lost);
         }
         if closed {
             return Next::Wait(Wait::Peer);
+        }
+        if let Some(next) = self.seeding(receiving) {
+            return next;
         }
         if self.seen.tuned != Some((tuning.threshold, tuning.batch)) {
             return one(Step::Tune { threshold: tuning.threshold, batch: tuning.batch });
@@ -971,8 +999,7 @@ impl Plan<'_> {
         if wanted && !enabled {
             return one(Step::Hydrate(true));
         }
-        let floor = self.record.receiving().map_or(0, |receiving| receiving.floor);
-        if hydrated.saturating_sub(floor) >= total.div_ceil(8) {
+        if hydrated.saturating_sub(receiving.floor) >= total.div_ceil(8) {
             return Next::JournalFloor;
         }
         Next::Wait(Wait::Hydration)

@@ -2,11 +2,13 @@
 //! exports and imports that behave as the kernel's do where it matters.
 //!
 //! What is modelled, because data is lost where it is forgotten: writes stay in
-//! a volatile cache until a flush; dm-clone keeps its bits in memory until it
-//! commits, formats zeroed metadata silently, and reads its metadata only when
-//! a table is loaded; a held write goes where the old table pointed when the
-//! table is swapped; device numbers are reused at once; loading and resuming
-//! are two actions. Every action can be the last one before a crash.
+//! a volatile cache until a flush, and some of them survive without; dm-clone keeps
+//! its bits in memory until it commits, formats zeroed metadata silently, reads its
+//! metadata only when a table is loaded, and lands a copy some time after it began,
+//! whatever became of the region meanwhile; a thin volume knows what was written to
+//! it, and a snapshot of it knows the same; a held write goes where the old table
+//! pointed when the table is swapped; device numbers are reused at once; loading and
+//! resuming are two actions. Every action can be the last one before a crash.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,6 +17,7 @@ use uuid::Uuid;
 use crate::{
     name::{DM_UUID_PREFIX, Role, VolumeId},
     plan::{self, Device, Import, Presence, Seen, Step},
+    seeding::{AllocationMap, Run, SourceMap, Unwritten, Written},
     table::{CloneStatus, Table, Target},
     units::{DevNo, Sectors},
     volume::{Event, Record, Template},
@@ -35,6 +38,9 @@ pub const REGION_BYTES: u64 = 64 * 1024;
 /// What a region held before it was ever written by its present owner: another
 /// volume's past.
 pub const FOREIGN: u64 = u64::MAX;
+
+/// Regions of a logical volume that nothing was written to.
+const NONE: [bool; REGIONS] = [false; REGIONS];
 
 /// Why an action was not done.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,6 +80,10 @@ struct Volume {
     active: bool,
     now: [u64; REGIONS],
     stable: [u64; REGIONS],
+    /// Regions that the thin pool has given blocks for; as for content, now and on
+    /// stable storage.
+    mapped: [bool; REGIONS],
+    mapped_stable: [bool; REGIONS],
     metadata: Metadata,
 }
 
@@ -88,6 +98,8 @@ struct Mapped {
     discards_blocked: bool,
     hydrating: bool,
     bits: [bool; REGIONS],
+    /// A region whose copy has been read and not yet written.
+    copying: Option<(usize, u64)>,
     held: Vec<(usize, u64)>,
     /// A swap has let go of what it held, and failed: it holds nothing any more.
     leaks: bool,
@@ -173,6 +185,8 @@ pub struct World {
     /// Reads of a handle that wait for a source: node, region. No table on their
     /// way can be swapped before they have ended.
     waiting: BTreeSet<(usize, String, usize)>,
+    /// Copying begins while what was never written is being marked.
+    pub careless: bool,
     serial: u128,
 }
 
@@ -186,6 +200,7 @@ impl World {
             fault: None,
             released: vec![],
             waiting: BTreeSet::new(),
+            careless: false,
             serial: 1,
         };
         for _ in 0..nodes {
@@ -210,7 +225,7 @@ impl World {
 
     /// Takes a node's power away and gives it back: only stable storage stays.
     pub fn power_cut(&mut self, node: usize) {
-        let boot = self.unique();
+        let (boot, serial) = (self.unique(), self.serial);
         self.waiting.retain(|(at, ..)| *at != node);
         let node = &mut self.nodes[node];
         node.boot = boot;
@@ -219,7 +234,15 @@ impl World {
         node.imports.clear();
         for lv in node.lvs.values_mut() {
             lv.active = false;
+            // What was not flushed may survive all the same, here one in three.
+            for region in 0..REGIONS {
+                if (serial + region as u128).is_multiple_of(3) {
+                    lv.stable[region] = lv.now[region];
+                    lv.mapped_stable[region] = lv.mapped[region];
+                }
+            }
             lv.now = lv.stable;
+            lv.mapped = lv.mapped_stable;
         }
     }
 
@@ -419,6 +442,12 @@ impl World {
         Some((0..regions(table)).filter(|region| !clone.bits[*region]).collect())
     }
 
+    /// The region whose copy has been read and not yet written.
+    pub fn on_its_way(&self, node: usize, record: &Record) -> Option<usize> {
+        let clone = self.nodes[node].mapped.get(&plan::dm_name(record, Role::Clone).uuid)?;
+        clone.copying.map(|(region, _)| region)
+    }
+
     /// Whether the handle exists.
     pub fn has_handle(&self, node: usize, record: &Record) -> bool {
         self.nodes[node].mapped.contains_key(&plan::dm_name(record, Role::Handle).uuid)
@@ -496,6 +525,7 @@ impl World {
             let name = name.clone();
             if let Some(lv) = self.nodes[node].lvs.get_mut(&name) {
                 lv.now[region] = value;
+                lv.mapped[region] = true;
             }
             return Io::Done(());
         }
@@ -516,6 +546,11 @@ impl World {
                 Io::Waits
             }
             Some(Target::Clone { dest, .. }) => {
+                // A write waits for a copy of its region, unless the region counts as
+                // being here.
+                if mapped.copying.is_some_and(|(at, _)| at == region) && !mapped.bits[region] {
+                    self.land(node, &name);
+                }
                 let done = self.write(node, dest, region, value);
                 if done == Io::Done(())
                     && let Some(mapped) = self.nodes[node].mapped.get_mut(&name)
@@ -540,6 +575,7 @@ impl World {
             let name = name.clone();
             if let Some(lv) = self.nodes[node].lvs.get_mut(&name) {
                 lv.stable = lv.now;
+                lv.mapped_stable = lv.mapped;
             }
             return Io::Done(());
         }
@@ -598,31 +634,147 @@ impl World {
         }
     }
 
-    /// Lets every clone that may copy one region.
+    /// Ends the copy that a clone has begun.
+    fn land(&mut self, node: usize, name: &str) {
+        let Some(mapped) = self.nodes[node].mapped.get_mut(name) else { return };
+        if let (Some((region, value)), Some(Table { target: Target::Clone { dest, .. }, .. })) =
+            (mapped.copying.take(), &mapped.live)
+        {
+            let dest = *dest;
+            mapped.bits[region] = true;
+            self.write(node, dest, region, value);
+        }
+    }
+
+    /// Lets every clone end the copy that it has begun, and begin another if it may.
     pub fn hydrate(&mut self) {
         for node in 0..self.nodes.len() {
-            let clones: Vec<(String, DevNo, DevNo)> = self.nodes[node]
+            let all: Vec<String> = self.nodes[node].mapped.keys().cloned().collect();
+            all.iter().for_each(|name| self.land(node, name));
+            let clones: Vec<(String, DevNo)> = self.nodes[node]
                 .mapped
                 .iter()
                 .filter(|(_, mapped)| mapped.hydrating && !mapped.suspended)
                 .filter_map(|(name, mapped)| match mapped.live.as_ref()?.target {
-                    Target::Clone { dest, src, .. } => Some((name.clone(), dest, src)),
+                    Target::Clone { src, .. } => Some((name.clone(), src)),
                     _ => None,
                 })
                 .collect();
-            for (name, dest, src) in clones {
+            for (name, src) in clones {
                 let mapped = &self.nodes[node].mapped[&name];
                 let count = mapped.live.as_ref().map_or(0, regions);
                 let missing = mapped.bits[..count].iter().position(|bit| !bit);
                 let Some(region) = missing else { continue };
-                if let Io::Done(value) = self.read(node, src, region) {
-                    self.write(node, dest, region, value);
-                    if let Some(mapped) = self.nodes[node].mapped.get_mut(&name) {
-                        mapped.bits[region] = true;
-                    }
+                if let Io::Done(value) = self.read(node, src, region)
+                    && let Some(mapped) = self.nodes[node].mapped.get_mut(&name)
+                {
+                    mapped.copying = Some((region, value));
                 }
             }
         }
+    }
+
+    /// What a thin volume says was never written, as the agent asks it.
+    ///
+    /// # Errors
+    /// The volume is not active.
+    pub fn allocation(&self, node: usize, record: &Record) -> Result<Unwritten, Fault> {
+        let (data, _) = plan::lv_names(record);
+        let lv = self.nodes[node].lvs.get(&data).filter(|lv| lv.active);
+        let lv = lv.ok_or_else(|| Fault::Refused(format!("{data} is not active")))?;
+        let mut written =
+            Written::new(record.size, REGION).ok_or_else(|| Fault::Refused("no regions".into()))?;
+        for region in (0..REGIONS).filter(|region| lv.mapped[*region]) {
+            written.add(Sectors(region as u64 * REGION.0), Sectors(1));
+        }
+        Ok(written.rest())
+    }
+
+    /// Suspends the handle, commits and loads the clone anew so that it takes discards,
+    /// sends them, blocks them again, and resumes: each may be the last thing that a
+    /// process does, and whatever else fails on the way, the way back is gone.
+    fn seed(&mut self, node: usize, record: &Record, map: &AllocationMap) -> Result<(), Fault> {
+        let (clone, handle) =
+            (plan::dm_name(record, Role::Clone), plan::dm_name(record, Role::Handle));
+        self.act()?;
+        let below = self.nodes[node].mapped.get(&clone.uuid);
+        let below = below.ok_or_else(|| Fault::Refused("no clone".into()))?;
+        if below.hydrating || below.copying.is_some() {
+            return Err(Fault::Mismatch("something is being copied".into()));
+        }
+        let Some(Target::Clone { meta, dest, .. }) = below.live.as_ref().map(|t| t.target.clone())
+        else {
+            return Err(Fault::Refused("no clone".into()));
+        };
+        let number = below.number;
+        let top = self.nodes[node].mapped.get(&handle.uuid).map(|top| top.number);
+        if let Some(top) = top {
+            if self.hangs_below(node, top) {
+                return Err(Fault::Refused(format!("{}: no end in sight", handle.name)));
+            }
+            self.change(node, &handle.uuid, |mapped| mapped.suspended = true)?;
+        }
+        let live = self.nodes[node].mapped[&clone.uuid].live.clone();
+        let seeded = self
+            .act()
+            .map(|()| self.commit_clone(node, number, meta, dest))
+            .and_then(|()| self.change(node, &clone.uuid, |mapped| mapped.suspended = true))
+            .and_then(|()| self.change(node, &clone.uuid, |mapped| mapped.inactive = live))
+            .and_then(|()| self.read_metadata(node, &clone.uuid, meta))
+            .and_then(|()| self.resume(node, &clone.uuid))
+            .map(|()| self.begin_carelessly(node, &clone.uuid))
+            .and_then(|()| self.discard(node, &clone.uuid, map.unwritten.runs()));
+        if !matches!(seeded, Ok(()) | Err(Fault::Crash))
+            && let Some(mapped) = self.nodes[node].mapped.get_mut(&clone.uuid)
+        {
+            // The way back of what has failed.
+            (mapped.inactive, mapped.suspended) = (None, false);
+        }
+        if seeded != Err(Fault::Crash) {
+            // What has failed is over; a crash may still come.
+            let blocked = self.change(node, &clone.uuid, |mapped| mapped.discards_blocked = true);
+            let mut resumed = Ok(());
+            if top.is_some() && blocked != Err(Fault::Crash) {
+                resumed = self.resume(node, &handle.uuid);
+                if let Err(Fault::Refused(_)) = resumed {
+                    resumed = self.resume(node, &handle.uuid);
+                }
+            }
+            blocked?;
+            resumed?;
+            seeded?;
+            self.act()?;
+            self.commit_clone(node, number, meta, dest);
+            return Ok(());
+        }
+        seeded
+    }
+
+    /// Somebody turns copying on in between.
+    fn begin_carelessly(&mut self, node: usize, clone: &str) {
+        for hydrating in [true, false] {
+            if self.careless
+                && let Some(mapped) = self.nodes[node].mapped.get_mut(clone)
+            {
+                mapped.hydrating = hydrating;
+                if hydrating {
+                    self.hydrate();
+                }
+            }
+        }
+    }
+
+    fn discard(&mut self, node: usize, clone: &str, runs: &[Run]) -> Result<(), Fault> {
+        for run in runs {
+            self.change(node, clone, |mapped| {
+                let regions = run.first..run.first + run.count;
+                for region in regions.filter_map(|region| usize::try_from(region).ok()) {
+                    // Whatever is being copied there, and nothing is passed down.
+                    mapped.bits[region] = true;
+                }
+            })?;
+        }
+        Ok(())
     }
 
     // ---- what dmlocal asks of a node ----
@@ -671,7 +823,7 @@ impl World {
             clone_status: clone.map(|clone| CloneStatus::Working {
                 hydrated: clone.bits.iter().filter(|bit| **bit).count() as u64,
                 total: clone.live.as_ref().map_or(0, regions) as u64,
-                hydrating: 0,
+                hydrating: u64::from(clone.copying.is_some()),
                 enabled: clone.hydrating,
                 read_only: false,
             }),
@@ -687,6 +839,10 @@ impl World {
             tuned: Some((record.tuning.threshold, record.tuning.batch)),
             cache_dropped: true,
             announced: true,
+            map: SourceMap::Unasked,
+            allocated: here.lvs.get(&data).filter(|lv| lv.active).map(|lv| {
+                Sectors(lv.mapped.iter().filter(|mapped| **mapped).count() as u64 * REGION.0)
+            }),
         }
     }
 
@@ -706,10 +862,12 @@ impl World {
                 let name = plan::made_lv(record);
                 let data = match of {
                     Some(template) => self.snapshot_lv(node, &name, template)?,
-                    None => self.make_lv(node, &name, *size, [0; REGIONS])?,
+                    None => self.make_lv(node, &name, *size, [0; REGIONS], NONE)?,
                 };
                 let meta = match meta_size {
-                    Some(size) => Some(self.make_lv(node, &meta, *size, [FOREIGN; REGIONS])?),
+                    Some(size) => {
+                        Some(self.make_lv(node, &meta, *size, [FOREIGN; REGIONS], NONE)?)
+                    }
                     None => None,
                 };
                 return Ok(Some(Event::Allocated { data, meta }));
@@ -788,6 +946,7 @@ impl World {
             Step::Hydrate(on) => {
                 self.change(node, &name(Role::Clone), |m| m.hydrating = *on)?;
             }
+            Step::Seed(map) => self.seed(node, record, map)?,
             Step::Tune { .. } | Step::ReinstatePath(_) | Step::DropCache(_) => self.act()?,
             Step::Commit => {
                 self.act()?;
@@ -927,6 +1086,7 @@ impl World {
                 discards_blocked: false,
                 hydrating: false,
                 bits: [false; REGIONS],
+                copying: None,
                 held: Vec::new(),
                 leaks: false,
                 written: 0,
@@ -998,6 +1158,8 @@ impl World {
             return Err(Fault::Refused(format!("{name}: no end in sight")));
         }
         if swaps {
+            // A suspension waits for the copy that has begun.
+            self.land(node, name);
             self.let_go(node, name);
         }
         if let Some(mapped) = self.nodes[node].mapped.get_mut(name) {
@@ -1016,6 +1178,7 @@ impl World {
         let exported = self.nodes[node].exports.values().any(|number| *number == mapped.number);
         let busy = mapped.users > 0 || exported || self.stands_on(node, mapped.number);
         if !busy {
+            self.land(node, name);
             self.nodes[node].mapped.remove(name);
             return Ok(());
         }
@@ -1034,12 +1197,16 @@ impl World {
         name: &str,
         bytes: u64,
         content: [u64; REGIONS],
+        written: [bool; REGIONS],
     ) -> Result<String, Fault> {
         self.act()?;
         let number = self.free_number(node);
         let length = Sectors::from_bytes(bytes);
         let metadata = Metadata::Garbage;
-        let lv = Volume { number, length, active: true, now: content, stable: content, metadata };
+        let (now, stable) = (content, content);
+        let (mapped, mapped_stable) = (written, written);
+        let active = true;
+        let lv = Volume { number, length, active, now, stable, mapped, mapped_stable, metadata };
         let lv = self.nodes[node].lvs.entry(name.to_owned()).or_insert(lv);
         lv.active = true;
         Ok(format!("uuid of {name}"))
@@ -1054,13 +1221,14 @@ impl World {
         template: &Template,
     ) -> Result<String, Fault> {
         if self.nodes[node].lvs.contains_key(name) {
-            return self.make_lv(node, name, 0, [FOREIGN; REGIONS]);
+            return self.make_lv(node, name, 0, [FOREIGN; REGIONS], NONE);
         }
         let origin = self.nodes[node].lvs.get(&template.name);
-        let Some((content, length)) = origin.map(|lv| (lv.now, lv.length)) else {
+        let Some((content, written, length)) = origin.map(|lv| (lv.now, lv.mapped, lv.length))
+        else {
             return Err(Fault::Refused(format!("no logical volume {}", template.name)));
         };
-        self.make_lv(node, name, length.bytes(), content)
+        self.make_lv(node, name, length.bytes(), content, written)
     }
 
     /// What a logical volume holds, if there is one of that name.

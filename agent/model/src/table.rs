@@ -50,7 +50,9 @@ pub enum Target {
     /// like [`Target::Queue`], because a table of that kind gives way to none of
     /// another (`DM_TARGET_IMMUTABLE`, drivers/md/dm-mpath.c).
     Lost,
-    /// dm-clone, always made with hydration off.
+    /// dm-clone, always made with hydration off, and never passing a discard down:
+    /// one that reaches it says that a region is here, and must not take from the
+    /// destination what was written there.
     Clone {
         /// Metadata device.
         meta: DevNo,
@@ -169,7 +171,7 @@ impl Target {
             }
             Self::Lost => "2 queue_mode bio 0 0 0".to_owned(),
             Self::Clone { meta, dest, src, region } => {
-                format!("{meta} {dest} {src} {region} 1 no_hydration")
+                format!("{meta} {dest} {src} {region} 2 no_hydration no_discard_passdown")
             }
         }
     }

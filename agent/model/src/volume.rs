@@ -156,6 +156,10 @@ pub enum Event {
     SourceRefused,
     /// So many regions are here for good.
     Floor(u64),
+    /// What the source never wrote counts as being here, and that is committed.
+    Seeded,
+    /// Nothing is known of what the source never wrote, or it cannot be used.
+    SeedingSkipped,
     /// Every region is here and committed.
     Committed,
     /// The handle is on the data LV and flushed.

@@ -10,6 +10,7 @@
 //! and the others have nothing.
 
 mod copies;
+mod seeding;
 mod seeds;
 
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ use crate::{
     forget,
     name::VolumeId,
     plan::{self, Call, Next, Wait},
+    seeding::{AllocationMap, SourceMap},
     sim::{FOREIGN, Fault, Io, REGION_BYTES, REGIONS, World},
     volume::{
         Borrower, Event, ExportName, Fate, LentStage, Phase, ReceivingStage, Record, Source,
@@ -63,7 +65,7 @@ impl Journal {
 }
 
 /// A copy: its node, its volume or snapshot, and its generation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct At {
     node: usize,
     id: VolumeId,
@@ -102,6 +104,12 @@ struct Cluster {
     sent: Vec<(usize, Message)>,
     /// Snapshots and what is made of them.
     copies: Copies,
+    /// What each process knows of its source's map, and how often it has asked.
+    maps: BTreeMap<At, (SourceMap, u32)>,
+    /// Whether questions for a map get no answer.
+    silent_maps: bool,
+    /// A map that is used again, on purpose.
+    kept_map: Option<AllocationMap>,
     sabotage: Option<Sabotage>,
 }
 
@@ -141,6 +149,9 @@ impl Cluster {
             running: [false; NODES],
             sent: Vec::new(),
             copies,
+            maps: BTreeMap::new(),
+            silent_maps: false,
+            kept_map: None,
             sabotage: None,
         }
     }
@@ -196,12 +207,20 @@ impl Cluster {
 
     /// Whatever was acknowledged so far must survive any power cut.
     fn all_is_stable(&mut self) {
-        for known in &mut self.known {
+        let lost = self.missing_for_ever();
+        for (region, known) in self.known.iter_mut().enumerate() {
             if !known.cut && !known.since_flush.is_empty() {
                 known.since_flush = known.since_flush.split_off(known.since_flush.len() - 1);
-                known.lost = false;
+                known.lost = lost.contains(&region);
             }
         }
+    }
+
+    /// Regions that a node lacks which has given up its source.
+    fn missing_for_ever(&self) -> Vec<usize> {
+        let newest = |node: usize| self.journals[node].newest(self.id).map(|record| (node, record));
+        let damaged = (0..NODES).filter_map(newest).filter(|(_, record)| record.is_damaged());
+        damaged.filter_map(|(node, record)| self.world.missing(node, record)).flatten().collect()
     }
 
     fn forget(&mut self, at: At) -> Result<(), Stop> {
@@ -261,11 +280,14 @@ impl Cluster {
     fn converge(&mut self, at: At) -> Result<(), Stop> {
         let node = at.node;
         let mut connecting = false;
+        self.hear_of_map(at)?;
         for _ in 0..100 {
             let Some(record) = self.record(at) else { return Ok(()) };
+            let map = self.map_of(at);
             let read = self.is_read(node, at.id);
             let asked = self.copies.asked;
-            let seen = plan::Seen { connecting, read, asked, ..self.world.look(node, &record) };
+            let there = self.world.look(node, &record);
+            let seen = plan::Seen { connecting, read, asked, map, ..there };
             let next = plan::next(&record, &seen);
             if self.sabotage == Some(Sabotage::ReleasesEarly) && next == Next::Wait(Wait::Hydration)
             {
@@ -275,7 +297,8 @@ impl Cluster {
                 Some(sabotage) => sabotage.instead(next, &record),
                 None => next,
             };
-            match next {
+            self.sabotage_seeding(at, &record, &next)?;
+            match self.seeding_all_the_same(&record, &seen, next) {
                 Next::Do(steps) if plan::is_attempt(&record, &steps) => {
                     connecting = true;
                     if let Err(stop @ Stop::Crash(_)) = self.apply(at, &steps[0]) {
@@ -312,6 +335,7 @@ impl Cluster {
                     let event = self.ask(at, &record, call)?;
                     self.journal(at, event)?;
                 }
+                Next::AskForMap => self.ask_for_map(at),
                 Next::AskThenForget(Call::Release) => {
                     self.release(node, &record)?;
                     self.forget(at)?;
@@ -637,7 +661,8 @@ impl Cluster {
             return stop;
         }
         let Some(record) = self.record(at) else { return Ok(()) };
-        let alive = forget::is_alive(&self.world.look(node, &record));
+        let seen = self.world.look(node, &record);
+        let alive = forget::is_alive(&seen);
         forget::may_forget(&record, alive).map_err(Stop::Refused)?;
         let loses = forget::loses(&record);
         let missing = self.world.missing(node, &record);
@@ -658,8 +683,15 @@ impl Cluster {
         let begun =
             self.admit(at, |record| forget::forget_source(record.unwrap(), alive, committed))?;
         if begun && loses {
+            let coming = self.world.on_its_way(node, &record);
             for region in missing {
-                self.known[region] = Known { since_flush: vec![], cut: false, lost: true };
+                match coming == Some(region) {
+                    // It may arrive all the same.
+                    true => self.known[region].lost = true,
+                    false => {
+                        self.known[region] = Known { since_flush: vec![], cut: false, lost: true };
+                    }
+                }
             }
         }
         self.converge(at)
@@ -816,12 +848,23 @@ impl Cluster {
     fn power_cut(&mut self, node: usize) {
         self.running[node] = false;
         self.world.power_cut(node);
+        self.forget_maps(node);
         // What was acknowledged elsewhere is not in this node's caches.
         let writes_here = self.writer == Some(node);
         for known in &mut self.known {
             let written = known.since_flush.len() + usize::from(known.lost);
             known.cut |= writes_here && written > 1;
         }
+    }
+
+    /// Consumers write everywhere when power goes, and look at everything as soon as it
+    /// is back.
+    fn reboot(&mut self, node: usize) -> Result<(), Stop> {
+        (0..REGIONS).for_each(|region| self.write(node, region));
+        self.power_cut(node);
+        let tended = self.converge_all(node);
+        (0..REGIONS).for_each(|region| self.read(node, region));
+        tended
     }
 
     fn run(&mut self, op: &Op) {
@@ -874,6 +917,7 @@ impl Cluster {
                 self.power_cut(node);
                 Ok(())
             }
+            Op::Reboot(node) => self.reboot(node),
             Op::Snapshot(node, nth) => self.snapshot(node, nth),
             Op::DropSnapshot(node, nth, defer) => self.drop_snapshot(node, nth, defer),
             Op::Make(from, to, nth, of) => self.make(from, to, nth, of),
@@ -897,8 +941,9 @@ impl Cluster {
                 Ok(())
             }
         };
-        if let Err(Stop::Crash(_)) = outcome {
+        if let Err(Stop::Crash(node)) = outcome {
             self.world.fuse = None;
+            self.forget_maps(node);
         }
     }
 
@@ -1018,6 +1063,7 @@ enum Op {
     Fuse(usize),
     Fault(usize),
     PowerCut(usize),
+    Reboot(usize),
     Network(bool),
     LoseAnswers(bool),
     Users(usize, u32),
@@ -1054,7 +1100,8 @@ fn any_op() -> impl Strategy<Value = Op> {
         6 => Just(Op::Hydrate),
         4 => (0usize..40).prop_map(Op::Fuse),
         3 => (0usize..40).prop_map(Op::Fault),
-        2 => node.clone().prop_map(Op::PowerCut),
+        1 => node.clone().prop_map(Op::PowerCut),
+        2 => node.clone().prop_map(Op::Reboot),
         3 => any::<bool>().prop_map(Op::Network),
         1 => any::<bool>().prop_map(Op::LoseAnswers),
         1 => (node.clone(), 0u32..2).prop_map(|(node, users)| Op::Users(node, users)),
@@ -1128,6 +1175,7 @@ fn a_source_that_was_fenced_stays_closed_when_it_boots() {
     let mut cluster = Cluster::new();
     cluster.create(0).unwrap();
     cluster.attach(0, false).unwrap();
+    cluster.write(0, 1);
     cluster.begin_move(0, 1, true).unwrap();
     cluster.switch(1, false).unwrap();
     cluster.power_cut(0);

@@ -85,6 +85,9 @@ struct Run {
     /// The device was not filled: what was never written reads zeros
     #[arg(long)]
     blank: bool,
+    /// Only the first so many blocks of the device
+    #[arg(long)]
+    first: Option<u64>,
     /// At most so many requests a second
     #[arg(long)]
     rate: Option<u32>,
@@ -375,7 +378,8 @@ impl Run {
             if gone || self.count == Some(nth) || matches!(signals.read_signal(), Ok(Some(_))) {
                 break;
             }
-            let request = pick(&mut random, device.blocks, nth);
+            let blocks = self.first.unwrap_or(u64::MAX).clamp(1, device.blocks);
+            let request = pick(&mut random, blocks, nth);
             let Request { first, count, .. } = request;
             if request.write {
                 state.begin(first, count, sequence)?;
@@ -445,6 +449,7 @@ mod test {
             state: directory.join("state"),
             seed: 7,
             blank: false,
+            first: None,
             rate: None,
             count: Some(count),
             until_file_gone: None,

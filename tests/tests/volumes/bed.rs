@@ -377,6 +377,11 @@ impl Writer {
         self.running.wait(SOON)?.ok()
     }
 
+    /// Waits until it has ended by itself; fails if anything was wrong.
+    pub fn wait(self, limit: Duration) -> Result<String> {
+        self.running.wait(limit)?.ok()
+    }
+
     /// It was cut off together with its node.
     pub fn lost(self) {
         self.running.kill();

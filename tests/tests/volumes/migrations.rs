@@ -20,6 +20,10 @@ const WRITES: u64 = 64;
 /// A guest that has written at a node for a while.
 fn guest_at(on: &Node) -> Result<(Volume, Guest)> {
     let volume = Volume::create(on, GUEST_MIB)?;
+    // Blank for the guest, but not for the pool: what was never written would be at the
+    // destination at once.
+    let zeros = format!("dd if=/dev/zero of={} bs=1M oflag=direct", volume.device);
+    on.shell(&format!("{zeros} count={GUEST_MIB} status=none"))?.ok()?;
     let guest = Guest::start(on, &volume)?;
     until("the guest to write", LATER, || {
         guest.check()?;

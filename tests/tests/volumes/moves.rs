@@ -300,7 +300,7 @@ pub fn a_volume_does_not_return_below_an_open_old_handle(bed: &Bed) -> Result<()
 
 pub fn no_host_looks_into_a_volume(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
-    let volume = Volume::create(a, 32)?;
+    let volume = Volume::create_full(a, 32)?;
     // What a guest would have made in its disk; this host's udev sees none of it.
     let inside = format!(
         "set -e

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::bed::{Bed, SOON, Volume, ctl, kill_agent, refused, until};
 
-fn new_id() -> Result<String> {
+pub fn new_id() -> Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().to_owned())
 }
 
@@ -24,12 +24,12 @@ fn wait_until_gone(on: &Node, snapshot: &str) -> Result<()> {
 }
 
 /// A sum over everything that a volume holds.
-fn sum(on: &Node, id: &str) -> Result<String> {
+pub fn sum(on: &Node, id: &str) -> Result<String> {
     let device = format!("/dev/mapper/dmlocal-{id}");
     on.shell(&format!("dd if={device} bs=1M iflag=direct status=none | cksum"))?.ok()
 }
 
-fn drop_volume(on: &Node, id: &str) -> Result<()> {
+pub fn drop_volume(on: &Node, id: &str) -> Result<()> {
     ctl(on, &format!("volume detach {id}"))?;
     ctl(on, &format!("volume delete {id}")).map(drop)
 }

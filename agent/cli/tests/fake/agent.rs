@@ -497,6 +497,13 @@ impl Moves for Agent {
         self.treat(&self.manners.revoke, RevokeResponse {}).await
     }
 
+    async fn get_allocation(
+        &self,
+        _: Request<GetAllocationRequest>,
+    ) -> Result<Response<Allocation>, Status> {
+        Err(Status::unimplemented("not dmlocalctl's business"))
+    }
+
     async fn query_grant(
         &self,
         _: Request<QueryGrantRequest>,

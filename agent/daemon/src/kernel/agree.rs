@@ -16,6 +16,7 @@ use dmlocal_model::{
     admit::{self, Admitted, Change, Claim, Evidence, GrantRequest, Offer, PoolRoom},
     name::{NQN_PREFIX, Role, VolumeId},
     plan::{self, Call, Next, Seen, Step, Wait},
+    seeding::{AllocationMap, SourceMap},
     sim::{Io, REGION, REGIONS, VOLUME_BYTES, World},
     table::{CloneStatus, Table},
     units::DevNo,
@@ -68,6 +69,9 @@ const STORY: &[&str] = &[
     "SourceFenced",
     "OpenHandle linear(clone)",
     "DropCache",
+    "AskForMap",
+    "Seed",
+    "Seeded",
     "Tune",
     "pause",
     "Wait Hydration",
@@ -122,6 +126,15 @@ struct Story<'a> {
     tuned: Option<(u32, u32)>,
     cache_dropped: bool,
     announced: bool,
+    map: SourceMap,
+    /// The fenced source, once there is one.
+    source: Option<Record>,
+}
+
+/// What the source holds before the move. Two regions were never written, and one of
+/// them is written at the destination before that is known there.
+fn before(region: usize) -> u8 {
+    if matches!(region, 1 | 2) { 0 } else { 100 + u8::try_from(region).unwrap() }
 }
 
 fn granted(outcome: Result<Admitted, admit::Refusal>, before: &Record) -> Record {
@@ -206,6 +219,7 @@ impl Story<'_> {
                 tuned: self.tuned,
                 cache_dropped: self.cache_dropped,
                 announced: self.announced,
+                map: self.map.clone(),
                 ..self.stage.kernel().look(&record).unwrap()
             };
             match plan::next(&record, &seen) {
@@ -252,6 +266,20 @@ impl Story<'_> {
                     };
                     record = self.happened(&record, answer);
                 }
+                Next::AskForMap => {
+                    self.tell("AskForMap");
+                    let (source, copy) =
+                        (self.source.clone().unwrap(), record.receiving().unwrap());
+                    let told = self.stage.kernel().allocation(&source, copy.region);
+                    self.map = SourceMap::Known(Arc::new(AllocationMap {
+                        grant: copy.source.grant,
+                        incarnation: source.incarnation,
+                        generation: source.generation,
+                        length: source.size,
+                        region: copy.region,
+                        unwritten: told.unwrap(),
+                    }));
+                }
                 Next::Wait(Wait::Hydration) if !record.tuning.paused => self.stage.pass(),
                 Next::Wait(wait) => {
                     self.tell(format!("Wait {wait:?}"));
@@ -283,9 +311,8 @@ impl Story<'_> {
         self.tell("attach");
         let source = granted(admit::attach(&source, None, None, boot), &source);
         let source = self.drive(source).unwrap();
-        for region in 0..REGIONS {
-            let value = 100 + u8::try_from(region).unwrap();
-            assert!(stage.write(&source, region, value).recv_timeout(LONG).unwrap());
+        for region in (0..REGIONS).filter(|region| before(*region) != 0) {
+            assert!(stage.write(&source, region, before(region)).recv_timeout(LONG).unwrap());
         }
         self.tell("wanted by an opener");
         stage.while_open(&source, &mut || {
@@ -334,6 +361,10 @@ impl Story<'_> {
         let source = granted(admit::fence(&source, &claim, Evidence::Quiet), &source);
         let source = self.drive(source).unwrap();
 
+        let allocated = stage.kernel().look(&source).unwrap().allocated.unwrap();
+        assert_eq!(allocated.0, 2 * REGION.0, "two regions were written");
+        self.source = Some(source.clone());
+
         self.tell("receive");
         let offer = Offer {
             id,
@@ -357,7 +388,7 @@ impl Story<'_> {
         assert_eq!(copy.receiving().unwrap().region, REGION, "the story's regions");
         let copy = self.drive(*copy).unwrap();
         for region in 0..REGIONS {
-            assert_eq!(usize::from(stage.read(&copy, region)), 100 + region, "held");
+            assert_eq!(stage.read(&copy, region), before(region), "held");
         }
         self.tell("write");
         let written = stage.write(&copy, 2, 42);
@@ -376,7 +407,7 @@ impl Story<'_> {
             Some(CloneStatus::Working { hydrated, .. }) => hydrated,
             status => panic!("{status:?}"),
         };
-        assert_eq!(hydrated, 1, "only what was written whole is here");
+        assert_eq!(hydrated, 2, "only what was written here, or never at all, is here");
         let last = self.told.pop();
         self.tell("pause");
         self.tell(last.unwrap_or_default());
@@ -387,9 +418,11 @@ impl Story<'_> {
         let copy = self.drive(copy).unwrap();
         assert_eq!(copy.phase, Phase::Local);
         for region in 0..REGIONS {
-            let wanted = if region == 2 { 42 } else { 100 + region };
-            assert_eq!(usize::from(stage.read(&copy, region)), wanted, "collapsed");
+            let wanted = if region == 2 { 42 } else { before(region) };
+            assert_eq!(stage.read(&copy, region), wanted, "collapsed");
         }
+        let allocated = stage.kernel().look(&copy).unwrap().allocated.unwrap();
+        assert_eq!(allocated.0, 3 * REGION.0, "what was never written takes no room");
         self.tell("detach");
         let handle = stage.kernel().handle(id).unwrap();
         let copy = granted(admit::detach(&copy, handle.as_ref()), &copy);
@@ -410,8 +443,15 @@ pub(super) const HOST: Uuid = Uuid::from_u128(0x6c61_7374_0000_4000_8000_0000_00
 
 /// Leads a stage through the story.
 pub(super) fn tell(stage: &dyn Stage) {
-    let mut story =
-        Story { stage, told: Vec::new(), tuned: None, cache_dropped: false, announced: false };
+    let mut story = Story {
+        stage,
+        told: Vec::new(),
+        tuned: None,
+        cache_dropped: false,
+        announced: false,
+        map: SourceMap::Unasked,
+        source: None,
+    };
     story.run();
     let told: Vec<&str> = story.told.iter().map(String::as_str).collect();
     assert_eq!(told, STORY);

@@ -5,7 +5,7 @@
 //! opened for reading unless something is written, because udev takes the end of
 //! every writable descriptor for a change and would look at the content.
 //!
-//! One `unsafe` block: `BLKFLSBUF`, for which no safe wrapper exists.
+//! Two `unsafe` blocks: `BLKFLSBUF` and `BLKDISCARD`, for which no safe wrapper exists.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -128,6 +128,40 @@ pub fn drop_clean_cache(device: DevNo) -> io::Result<()> {
 mod ioctl {
     // `BLKFLSBUF` of include/uapi/linux/fs.h: _IO(0x12, 97).
     nix::ioctl_none!(flush_buffers, 0x12, 97);
+    // `BLKDISCARD`: _IO(0x12, 119); takes the start and the length in bytes.
+    nix::ioctl_write_ptr_bad!(discard, nix::request_code_none!(0x12, 119), [u64; 2]);
+}
+
+/// A device that is sent discards.
+#[derive(Debug)]
+pub struct Discards {
+    device: DevNo,
+    file: File,
+}
+
+impl Discards {
+    /// Opens the device, whether it takes discards now or not. It may be in use by others:
+    /// a discard then drops their clean page cache, and nothing else of theirs
+    /// (block/fops.c, `truncate_bdev_range`).
+    pub fn open(device: DevNo) -> io::Result<Self> {
+        let file = open_with(device, OpenOptions::new().read(true).write(true))?;
+        Ok(Self { device, file })
+    }
+
+    /// Which device it is.
+    pub const fn device(&self) -> DevNo {
+        self.device
+    }
+
+    /// Sends a discard and waits for its end.
+    pub fn send(&self, from: u64, length: u64) -> io::Result<()> {
+        let range = [from, length];
+        // SAFETY: the descriptor is open, and the kernel reads two numbers from where
+        // the pointer leads.
+        unsafe { ioctl::discard(self.file.as_raw_fd(), &raw const range) }
+            .map_err(|errno| about("discard on", self.device, errno.into()))?;
+        Ok(())
+    }
 }
 
 /// The logical block size in bytes.

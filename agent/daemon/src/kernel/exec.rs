@@ -10,7 +10,7 @@ use std::{
     io::{self, Read, Write},
     os::unix::process::CommandExt as _,
     process::{Child, Command, ExitStatus, Stdio},
-    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel, sync_channel},
     thread,
     time::{Duration, Instant},
 };
@@ -26,6 +26,12 @@ const GRACE: Duration = Duration::from_secs(2);
 
 /// How often the child is looked at while a descendant of it holds its pipes.
 const POLL: Duration = Duration::from_millis(20);
+
+/// Chunks of output that wait to be taken, each of up to 8 KiB.
+const CHUNKS: usize = 64;
+
+/// Where a line without an end is cut.
+const LONGEST_LINE: usize = 64 << 10;
 
 /// How much of stderr an error carries.
 const TAIL: usize = 2048;
@@ -146,6 +152,71 @@ pub fn run_both(
     }
 }
 
+/// Runs a program to its end and hands every line of its stdout to `take`, for more
+/// than fits into memory.
+///
+/// # Errors
+/// As [`run`]; what was handed over until then counts for nothing.
+pub fn run_lines(
+    program: &str,
+    args: &[&str],
+    deadline: Duration,
+    mut take: impl FnMut(&str),
+) -> Result<(), ExecError> {
+    let fail = |failure, stderr: &[u8]| ExecError {
+        command: shown(program, args),
+        failure,
+        stderr: tail(stderr),
+    };
+    let mut child = Command::new(program)
+        .args(args)
+        .env_clear()
+        .env("LC_ALL", "C")
+        .env("PATH", path())
+        .current_dir("/")
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| fail(Failure::Start(error), b""))?;
+    let end = Instant::now() + deadline;
+    let stdout = drain_within(child.stdout.take(), CHUNKS);
+    let stderr = drain(child.stderr.take());
+    let mut line = Vec::new();
+    let mut is_text = true;
+    let mut whole = |line: &mut Vec<u8>| {
+        match std::str::from_utf8(line) {
+            Ok(text) => take(text),
+            Err(_) => is_text = false,
+        }
+        line.clear();
+    };
+    // Until the pipe is closed or the time is over.
+    while let Ok(chunk) = stdout.recv_timeout(end.saturating_duration_since(Instant::now())) {
+        for piece in chunk.split_inclusive(|byte| *byte == b'\n') {
+            line.extend_from_slice(piece);
+            if line.last() == Some(&b'\n') || line.len() > LONGEST_LINE {
+                whole(&mut line);
+            }
+        }
+    }
+    if !line.is_empty() {
+        whole(&mut line);
+    }
+    // Who still writes must not wait for a reader that has left.
+    drop(stdout);
+    let ended = wait(&mut child, end.saturating_duration_since(Instant::now()));
+    let stderr = collected(&stderr);
+    match ended {
+        Err(error) => Err(fail(Failure::Start(error), &stderr)),
+        Ok(None) => Err(fail(Failure::Deadline(deadline), &stderr)),
+        Ok(Some(status)) if !status.success() => Err(fail(Failure::Status(status), &stderr)),
+        Ok(Some(_)) if !is_text => Err(fail(Failure::NotText, &stderr)),
+        Ok(Some(_)) => Ok(()),
+    }
+}
+
 fn path() -> OsString {
     std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into())
 }
@@ -168,17 +239,31 @@ fn tail(bytes: &[u8]) -> String {
 /// that what was said before a kill is not lost.
 fn drain(pipe: Option<impl Read + Send + 'static>) -> Receiver<Vec<u8>> {
     let (sender, receiver) = channel();
+    pump(pipe, move |chunk| sender.send(chunk).is_ok());
+    receiver
+}
+
+/// The same, with at most so many chunks on the way.
+fn drain_within(pipe: Option<impl Read + Send + 'static>, chunks: usize) -> Receiver<Vec<u8>> {
+    let (sender, receiver) = sync_channel(chunks);
+    pump(pipe, move |chunk| sender.send(chunk).is_ok());
+    receiver
+}
+
+fn pump(
+    pipe: Option<impl Read + Send + 'static>,
+    mut send: impl FnMut(Vec<u8>) -> bool + Send + 'static,
+) {
     if let Some(mut pipe) = pipe {
         thread::spawn(move || {
             let mut buffer = [0; 8192];
             while let Ok(read @ 1..) = pipe.read(&mut buffer) {
-                if sender.send(buffer[..read].to_vec()).is_err() {
+                if !send(buffer[..read].to_vec()) {
                     return;
                 }
             }
         });
     }
-    receiver
 }
 
 /// What a pipe said. The child is gone: what it wrote is in the pipe, and only a
@@ -243,6 +328,23 @@ mod test {
         assert_eq!(run("cat", &[], Some(&text), LONG).unwrap().len(), text.len());
         let error = run("sh", &["-c", "yes | head -c 300000 >&2; exit 3"], None, LONG);
         assert_eq!(error.unwrap_err().code(), Some(3));
+    }
+
+    #[test]
+    fn more_than_fits_into_memory_is_taken_line_by_line() {
+        let (mut lines, mut bytes) = (0_u64, 0);
+        run_lines("sh", &["-c", "yes abc | head -c 400003"], LONG, |line| {
+            lines += 1;
+            bytes += line.len();
+        })
+        .unwrap();
+        assert_eq!((lines, bytes), (100_001, 400_003));
+        let failed = run_lines("sh", &["-c", "echo a; exit 3"], LONG, |_| {});
+        assert_eq!(failed.unwrap_err().code(), Some(3));
+        let before = Instant::now();
+        let endless = run_lines("yes", &[], Duration::from_millis(200), |_| {});
+        assert!(endless.is_err() && before.elapsed() < Duration::from_secs(10));
+        assert!(run_lines("printf", &["\\377\n"], LONG, |_| {}).is_err());
     }
 
     #[test]

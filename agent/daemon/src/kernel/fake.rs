@@ -8,8 +8,10 @@ use std::{
 use dmlocal_model::{
     name::VolumeId,
     plan::{Device, Seen, Step},
-    sim::{Fault, World},
+    seeding::Unwritten,
+    sim::{Fault, REGION, World},
     table::CloneStatus,
+    units::Sectors,
     volume::{Event, Record},
 };
 use tokio::sync::Notify;
@@ -120,6 +122,16 @@ impl Kernel for FakeKernel {
             Fault::Refused(why) => StepError::Failed(why),
             Fault::Mismatch(why) => StepError::Refused(why),
         })
+    }
+
+    fn allocated(&self, record: &Record) -> Option<Sectors> {
+        locked(&self.world).look(self.node, record).allocated
+    }
+
+    fn allocation(&self, record: &Record, region: Sectors) -> Result<Unwritten, StepError> {
+        assert_eq!(region, REGION);
+        let outcome = locked(&self.world).allocation(self.node, record);
+        outcome.map_err(|fault| StepError::Failed(format!("{fault:?}")))
     }
 
     fn committed(&self, record: &Record) -> Result<u64, StepError> {

@@ -18,12 +18,15 @@ pub mod nvmet;
 #[cfg(test)]
 mod on_node;
 pub mod real;
+mod thin;
 
 use std::net::IpAddr;
 
 use dmlocal_model::{
     name::VolumeId,
     plan::{Device, Seen, Step},
+    seeding::Unwritten,
+    units::Sectors,
     volume::{Event, Record},
 };
 use uuid::Uuid;
@@ -136,8 +139,8 @@ pub trait Kernel: Send + Sync + 'static {
     /// The kernel cannot be asked.
     fn ours(&self) -> Result<Vec<String>, StepError>;
 
-    /// Everything that is there for a volume. `connecting`, `resting`,
-    /// `tuned`, `cache_dropped` and `announced` are the caller's to fill in.
+    /// Everything that is there for a volume. `connecting`, `resting`, `tuned`,
+    /// `cache_dropped`, `announced` and `map` are the caller's to fill in.
     ///
     /// # Errors
     /// Something cannot be asked.
@@ -168,6 +171,16 @@ pub trait Kernel: Send + Sync + 'static {
     /// # Errors
     /// The step was not, or not wholly, done.
     fn apply(&self, record: &Record, step: &Step) -> Result<Option<Event>, StepError>;
+
+    /// How much a volume takes in its thin pool; cheap. None where that is not known.
+    fn allocated(&self, record: &Record) -> Option<Sectors>;
+
+    /// What of a volume was certainly never written, in regions of this size. The
+    /// volume must be fenced.
+    ///
+    /// # Errors
+    /// Nothing certain is known, for whatever reason.
+    fn allocation(&self, record: &Record, region: Sectors) -> Result<Unwritten, StepError>;
 
     /// Commits the clone's metadata; returns how many regions are here for good.
     ///

@@ -14,6 +14,7 @@
 mod hold;
 mod pool;
 mod source;
+mod sparse;
 mod story;
 mod volume;
 

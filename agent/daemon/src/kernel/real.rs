@@ -1,5 +1,8 @@
 //! The kernel and LVM themselves.
 
+mod allocation;
+mod seed;
+
 use std::{
     collections::BTreeMap,
     fs, io,
@@ -12,6 +15,7 @@ use std::{
 use dmlocal_model::{
     name::{DmName, LVM_UUID_PREFIX, NQN_PREFIX, Role, VolumeId, handle_name},
     plan::{self, Device, Import, Lv, Presence, Seen, Step},
+    seeding::{SourceMap, Unwritten},
     table::{CloneStatus, Table, Target},
     units::{DevNo, Sectors},
     volume::{Event, ExportName, Record, Template},
@@ -23,7 +27,7 @@ use super::{
     dm::{self, Dm, Remove, Udev},
     exec,
     lvm::{self, LvmError, Vg},
-    nvme, nvmet,
+    nvme, nvmet, thin,
 };
 use crate::config::Config;
 
@@ -68,6 +72,8 @@ pub struct RealKernel {
     release: String,
     host_nqn: String,
     host: Uuid,
+    /// Where this daemon keeps what outlives it.
+    state: PathBuf,
 }
 
 impl RealKernel {
@@ -100,6 +106,7 @@ impl RealKernel {
             release,
             host_nqn: format!("{NQN_PREFIX}{host}"),
             host,
+            state: config.state.clone(),
         })
     }
 
@@ -387,6 +394,11 @@ impl Kernel for RealKernel {
             {
                 outcome = Err(error.into());
             }
+            if pool.is_none_or(|pool| pool == name)
+                && let Err(error) = self.drop_left_snapshot(name, &locked(vg))
+            {
+                outcome = outcome.and(Err(error));
+            }
         }
         outcome
     }
@@ -510,6 +522,8 @@ impl Kernel for RealKernel {
             tuned: None,
             cache_dropped: false,
             announced: false,
+            map: SourceMap::Unasked,
+            allocated: self.allocated(record),
         })
     }
 
@@ -575,6 +589,7 @@ impl Kernel for RealKernel {
             Step::BlockDiscards(device) => block::block_discards(*device)?,
             Step::Hydrate(true) => self.message_clone(record, "enable_hydration")?,
             Step::Hydrate(false) => self.message_clone(record, "disable_hydration")?,
+            Step::Seed(map) => self.seed(record, map)?,
             Step::Tune { threshold, batch } => {
                 self.message_clone(record, &format!("hydration_threshold {threshold}"))?;
                 self.message_clone(record, &format!("hydration_batch_size {batch}"))?;
@@ -601,6 +616,15 @@ impl Kernel for RealKernel {
             Step::Flush(device) => block::flush(*device)?,
         }
         Ok(None)
+    }
+
+    fn allocated(&self, record: &Record) -> Option<Sectors> {
+        let uuid = record.data.as_ref()?;
+        thin::mapped(&self.dm.status_text_of(uuid).ok()?)
+    }
+
+    fn allocation(&self, record: &Record, region: Sectors) -> Result<Unwritten, StepError> {
+        self.allocation_of(record, region)
     }
 
     fn committed(&self, record: &Record) -> Result<u64, StepError> {

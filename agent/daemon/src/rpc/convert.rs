@@ -6,7 +6,9 @@ use dmlocal_model::{
     admit::{Claim, Offer, Refusal, Which},
     hydration,
     name::{DmName, Generation, Role, VolumeId, canonical_uuid},
+    seeding::AllocationMap,
     table::CloneStatus,
+    units::Sectors,
     volume::{ExportName, LentStage, Origin, Phase, ReceivingStage, Record, Source},
 };
 use dmlocal_proto::{API_VERSION, OLDEST_API_VERSION, v1};
@@ -75,6 +77,27 @@ pub(super) fn claim(
         incarnation: uuid("incarnation", incarnation)?,
         generation: Generation(generation),
     })
+}
+
+/// Region size of a copy, within dm-clone's limits (`MIN_REGION_SIZE` and
+/// `MAX_REGION_SIZE` of drivers/md/dm-clone-target.c: 2^3 and 2^21 sectors).
+pub(super) fn region(bytes: u64) -> Result<Sectors, ServiceError> {
+    if bytes.is_power_of_two() && (1 << 12..=1 << 30).contains(&bytes) {
+        return Ok(Sectors::from_bytes(bytes));
+    }
+    let problem = "must be a power of two from 4096 to 2^30".to_owned();
+    Err(ServiceError::Argument { field: "region_bytes", problem })
+}
+
+pub(super) fn allocation(map: &AllocationMap) -> v1::Allocation {
+    v1::Allocation {
+        grant_id: map.grant.to_string(),
+        incarnation: map.incarnation.to_string(),
+        generation: map.generation.0,
+        size_bytes: map.length.bytes(),
+        region_bytes: map.region.bytes(),
+        unwritten: map.unwritten.words(),
+    }
 }
 
 pub(super) fn grant(record: &Record, node: &str, endpoint: &str) -> Option<v1::Grant> {
@@ -261,6 +284,7 @@ pub(super) fn volume(view: &View) -> v1::Volume {
             .map(|_| view.seen.as_ref().map_or(0, |seen| seen.held)),
         bytes_lost: lost.map(|lost| lost.bytes),
         source: record.lineage.made_of.map(made_of),
+        allocated_bytes: view.seen.as_ref().and_then(|seen| seen.allocated).map(Sectors::bytes),
     }
 }
 

@@ -203,6 +203,24 @@ impl v1::moves_server::Moves for Face {
         Ok(Response::new(v1::FenceResponse { size_bytes }))
     }
 
+    async fn get_allocation(
+        &self,
+        request: Request<v1::GetAllocationRequest>,
+    ) -> Result<Response<v1::Allocation>, Status> {
+        let caller = Caller::of(&request)?;
+        let node = caller.acting_for(&[])?;
+        let request = request.into_inner();
+        let id = convert::volume_id(&request.volume_id).map_err(status)?;
+        let claim = convert::claim(&request.grant_id, &request.incarnation, request.generation)
+            .map_err(status)?;
+        let region = convert::region(request.region_bytes).map_err(status)?;
+        let service = Arc::clone(&self.service);
+        let map =
+            whole(async move { service.allocation(id, &claim, region, node.as_deref()).await })
+                .await?;
+        Ok(Response::new(convert::allocation(&map)))
+    }
+
     async fn release(
         &self,
         request: Request<v1::ReleaseRequest>,

@@ -116,7 +116,8 @@ const fn refusal_code(refusal: &Refusal) -> Code {
         | Refusal::SourceAlive { .. }
         | Refusal::SourceNotFenced(_)
         | Refusal::RegionsLost { .. }
-        | Refusal::TargetMissing(_) => Code::FailedPrecondition,
+        | Refusal::TargetMissing(_)
+        | Refusal::AllocationUnknown { .. } => Code::FailedPrecondition,
     }
 }
 
@@ -194,6 +195,9 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
         }
         Refusal::PortsExhausted => vec![],
         Refusal::TargetMissing(target) => vec![("target", target.clone())],
+        Refusal::AllocationUnknown { id, why } => {
+            vec![("id", id.to_string()), ("why", why.clone())]
+        }
     };
     pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
 }

@@ -13,7 +13,8 @@ use dmlocal_model::{
     admit::Claim,
     forget::GrantFate,
     name::{Generation, VolumeId},
-    sim::{VOLUME_BYTES, World},
+    sim::{REGION, REGIONS, VOLUME_BYTES, World},
+    units::Sectors,
     volume::Borrower,
 };
 use prost::Message as _;
@@ -72,6 +73,7 @@ const MATRIX: &[(&str, &[&str])] = &[
     ("Moves/GuestLeft", &[DRIVER, OPERATOR]),
     ("Moves/Hasten", &[AGENT]),
     ("Moves/Fence", &[AGENT]),
+    ("Moves/GetAllocation", &[AGENT]),
     ("Moves/Release", &[AGENT]),
     ("Moves/Revoke", &[DRIVER, AGENT, OPERATOR]),
     ("Moves/QueryGrant", &[AGENT, OPERATOR]),
@@ -316,6 +318,8 @@ async fn an_agent_without_the_grant_changes_nothing() {
         let fenced = peers.fence(&node_a, id, claim, false).await.map(drop);
         assert_eq!(refused(fenced), "GRANT_UNKNOWN");
         assert_eq!(refused(peers.release(&node_a, id, claim).await), "GRANT_UNKNOWN");
+        let told = peers.allocation(&node_a, id, claim, REGION).await.map(drop);
+        assert_eq!(refused(told), "GRANT_UNKNOWN");
         assert_eq!(refused(peers.revoke(&node_a, id, claim).await), "GRANT_UNKNOWN");
     }
     let stale = Claim { generation: Generation(2), ..right.clone() };
@@ -328,7 +332,14 @@ async fn an_agent_without_the_grant_changes_nothing() {
     assert_eq!(refused(owner.release(&node_a, id, &right).await), "GRANT_UNKNOWN", "not fenced");
     assert_eq!(daemon.service.volumes.view(id).unwrap().record, granted.record);
 
+    let early = owner.allocation(&node_a, id, &right, REGION).await.map(drop);
+    assert_eq!(refused(early), "ALLOCATION_UNKNOWN", "not final");
     assert_eq!(owner.fence(&node_a, id, &right, false).await.unwrap(), VOLUME_BYTES);
+    let odd = owner.allocation(&node_a, id, &right, Sectors(24)).await.map(drop);
+    assert_eq!(refused(odd), "ARGUMENT_INVALID");
+    let map = owner.allocation(&node_a, id, &right, REGION).await.unwrap();
+    assert_eq!((map.grant, map.generation), (right.grant, right.generation));
+    assert_eq!((map.length.bytes(), map.unwritten.regions()), (VOLUME_BYTES, REGIONS as u64));
     assert_eq!(refused(owner.revoke(&node_a, id, &right).await), "GRANT_FENCED");
     owner.release(&node_a, id, &right).await.unwrap();
     // The answer is that it may go; it goes by itself.

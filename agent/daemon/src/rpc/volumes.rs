@@ -66,7 +66,11 @@ impl v1::volumes_server::Volumes for Face {
             .volumes
             .view(id)
             .ok_or_else(|| status(dmlocal_model::admit::Refusal::VolumeNotFound(id).into()))?;
-        Ok(Response::new(convert::volume(&view)))
+        let views = self.service.measured(vec![view]).await;
+        match views.first() {
+            Some(view) => Ok(Response::new(convert::volume(view))),
+            None => Err(status(ServiceError::Internal("the view is gone".into()))),
+        }
     }
 
     async fn list(
@@ -74,9 +78,10 @@ impl v1::volumes_server::Volumes for Face {
         request: Request<v1::ListVolumesRequest>,
     ) -> Result<Response<v1::ListVolumesResponse>, Status> {
         Caller::of(&request)?.must_be(&ROLES)?;
-        let views = self.service.volumes.views();
-        let volumes = views.iter().filter(|view| view.record.taken().is_none());
-        let volumes = volumes.map(convert::volume).collect();
+        let mut views = self.service.volumes.views();
+        views.retain(|view| view.record.taken().is_none());
+        let views = self.service.measured(views).await;
+        let volumes = views.iter().map(convert::volume).collect();
         Ok(Response::new(v1::ListVolumesResponse { volumes }))
     }
 

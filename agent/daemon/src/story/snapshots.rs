@@ -262,6 +262,7 @@ fn bad_requests_about_snapshots_change_nothing() {
         assert_eq!((pair.read(0, 0), pair.read(0, REGIONS - 1)), (Io::Done(0), Io::Done(0)));
 
         // What has gone to another node is not here to be copied.
+        assert_eq!(pair.write(0, 0, 7), Io::Done(()));
         pair.begin_move(true).await.unwrap();
         a.take_snapshot(snap(4), id).await.unwrap();
         assert_eq!(one(b.take_snapshot(snap(5), id).await), "VOLUME_MOVING", "it is held");

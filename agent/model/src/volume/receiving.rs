@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{Event, ExportName};
-use crate::{name::Generation, units::Sectors};
+use crate::{name::Generation, seeding::Seeding, units::Sectors};
 
 /// The destination's side of a grant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +28,8 @@ pub struct Receiving {
     /// Its turn among the copies of this node: they come in the order in which their
     /// sources were fenced. 0 before that.
     pub turn: u64,
+    /// Whether what the source never wrote is known to be here.
+    pub seeding: Seeding,
     /// How far the copy is.
     pub stage: ReceivingStage,
     /// The source has grown before it was fenced: the clone is made anew, and the
@@ -186,6 +188,14 @@ impl Receiving {
             (S::Switching, Event::SourceRefused) => S::Aborting,
             (S::Hydrating, Event::Floor(floor)) => {
                 self.floor = self.floor.max(floor);
+                S::Hydrating
+            }
+            (S::Hydrating, Event::Seeded) => {
+                self.seeding = Seeding::Done;
+                S::Hydrating
+            }
+            (S::Hydrating, Event::SeedingSkipped) => {
+                self.seeding = Seeding::Skipped;
                 S::Hydrating
             }
             (S::Hydrating, Event::Committed) => S::Collapsing,

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::hydration::Tuning;
+use crate::{hydration::Tuning, seeding::Seeding};
 
 const LENT: &str = "
     Published --FenceAsked--> Fencing
@@ -37,6 +37,8 @@ const RECEIVING: &str = "
     Refused --AbortAsked--> Aborting
     Refused --Failed--> Refused
     Hydrating --Floor--> Hydrating
+    Hydrating --Seeded--> Hydrating
+    Hydrating --SeedingSkipped--> Hydrating
     Hydrating --Committed--> Collapsing
     Hydrating --SourceForgotten--> Hydrating
     Hydrating --Failed--> Hydrating
@@ -68,6 +70,8 @@ fn events() -> Vec<Event> {
         Event::SourceFenced,
         Event::SourceRefused,
         Event::Floor(1),
+        Event::Seeded,
+        Event::SeedingSkipped,
         Event::Committed,
         Event::Collapsed,
         Event::SourceReleased,
@@ -124,6 +128,7 @@ fn receiving(stage: ReceivingStage, hold: bool) -> Receiving {
         floor: 0,
         forgotten: false,
         turn: 0,
+        seeding: Seeding::Wanted,
         stage,
         rebuild: None,
         forced: false,

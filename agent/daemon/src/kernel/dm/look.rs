@@ -156,6 +156,25 @@ impl Dm {
         }
     }
 
+    /// Type and parameters of the one target of any device, ours or not.
+    ///
+    /// # Errors
+    /// Also for a device with no target, or with several.
+    pub fn table_text_of(&self, uuid: &str) -> io::Result<(String, String)> {
+        let owned = dm_uuid(uuid)?;
+        let flags = DmFlags::DM_STATUS_TABLE | DmFlags::DM_NOFLUSH;
+        let options = DmOptions::default().set_flags(flags);
+        let (_, lines) = self
+            .control
+            .table_status(&DevId::Uuid(owned.as_ref()), options)
+            .map_err(|error| context("read the table of", uuid, &error))?;
+        let mut lines = lines.into_iter();
+        match (lines.next(), lines.next()) {
+            (Some((_, _, kind, params)), None) => Ok((kind, params)),
+            (_, _) => Err(io::Error::other(format!("{uuid} has not one target"))),
+        }
+    }
+
     /// What dm-clone says of itself. Never commits its metadata, so never waits
     /// for the destination.
     pub fn clone_status(&self, name: &DmName) -> io::Result<CloneStatus> {

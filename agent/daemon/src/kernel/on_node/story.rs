@@ -72,10 +72,14 @@ impl agree::Stage for Node {
 #[ignore = "needs root and a node's kernel"]
 fn this_kernel_is_led_through_the_story_of_the_simulated_one() {
     let bed = Bed::new();
+    let state = tempfile::tempdir().unwrap();
     let config = format!(
-        "node = \"a\"\n[[pool]]\nname = \"pool\"\nvolume_group = {:?}\nthin_pool = {:?}\n\
+        "node = \"a\"\nstate = {:?}\n[[pool]]\nname = \"pool\"\nvolume_group = {:?}\nthin_pool = {:?}\n\
          devices = {:?}\n",
-        bed.vg.name, bed.vg.thin_pool, bed.vg.devices
+        state.path(),
+        bed.vg.name,
+        bed.vg.thin_pool,
+        bed.vg.devices
     );
     let config = Config::parse(&config).unwrap();
     agree::tell(&Node(RealKernel::new(&config, agree::HOST).unwrap()));
