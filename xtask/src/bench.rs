@@ -5,6 +5,8 @@
 //! figure is the median of its rounds. It ends with success once it has
 //! measured, whatever holds.
 
+mod sparse;
+
 use std::{fs, thread, time::Duration};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -125,6 +127,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     if wanted(&UNDER_LOAD) {
         rows.extend(bench.under_load()?);
+    }
+    if wanted(&["sparse_move_over_full", "sparse_bytes_over_allocated"]) {
+        rows.extend(bench.sparse()?);
+    }
+    if wanted(&["seed_pause_over_p999"]) {
+        rows.push(bench.seed_pause()?);
     }
     if arguments.output == "json" {
         println!("{}", Value::from(rows.iter().map(Row::json).collect::<Vec<_>>()));
@@ -341,6 +349,9 @@ impl Bench<'_> {
         let mut samples = Vec::new();
         for _ in 0..WINDOWS {
             let id = self.volume(self.a, 16)?;
+            // What was never written would be here before the guest is.
+            let fill = format!("dmlocal-writer fill --device /dev/mapper/dmlocal-{id} --seed 1");
+            shell(self.a, &fill)?;
             let order = format!(
                 "dmlocalctl volume move {id} --from https://node-a:7450 --to https://node-b:7450 \
                  --hold && dmlocalctl volume switch {id}"
@@ -383,6 +394,8 @@ impl Bench<'_> {
         for _ in 0..WINDOWS {
             let id = self.volume(self.a, 64)?;
             let handle = format!("/dev/mapper/dmlocal-{id}");
+            // There is nothing to be marked: that is another figure.
+            shell(self.a, &format!("dmlocal-writer fill --device {handle} --seed 1"))?;
             // Copying goes on when the run ends: a collapse is another figure.
             let order = format!(
                 "dmlocalctl volume move {id} --from https://node-a:7450 --to https://node-b:7450 \
