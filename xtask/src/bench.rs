@@ -5,6 +5,8 @@
 //! figure is the median of its rounds. It ends with success once it has
 //! measured, whatever holds.
 
+mod load;
+mod memory;
 mod sparse;
 
 use std::{fs, thread, time::Duration};
@@ -27,21 +29,6 @@ const COLLAPSE_S: u32 = 12;
 
 /// Seconds of writing during which the source is fenced and copying begins.
 const SWITCH_S: u32 = 8;
-
-/// What is measured of a copy and of a guest that reads meanwhile.
-const UNDER_LOAD: [&str; 3] =
-    ["read_p99_while_hydrating", "hydration_under_load_over_idle", "worst_tenth_over_mean"];
-
-/// Seconds of reading in each of their windows, and parts that a window is cut into.
-const LOAD_S: u32 = 3;
-const TENTHS: u32 = 10;
-
-/// Rounds of create, attach, detach, delete, and when memory is first read.
-const ROUNDS: u32 = 200;
-const EARLY_ROUNDS: u32 = 20;
-
-/// Volumes at a time in these rounds; divides both.
-const WORKERS: u32 = 4;
 
 const MIB: u64 = 1 << 20;
 
@@ -125,7 +112,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if wanted(&["switch_max_over_p999"]) {
         rows.push(bench.switch()?);
     }
-    if wanted(&UNDER_LOAD) {
+    if wanted(&load::UNDER_LOAD) {
         rows.extend(bench.under_load()?);
     }
     if wanted(&["sparse_move_over_full", "sparse_bytes_over_allocated"]) {
@@ -431,118 +418,6 @@ impl Bench<'_> {
             detail,
         })
     }
-
-    /// A guest that reads at random, and a copy below it with the settings that a copy
-    /// has by itself: what each does to the other.
-    fn under_load(&self) -> Result<Vec<Row>> {
-        let (mut latency, mut progress, mut worst) = (vec![], vec![], vec![]);
-        for _ in 0..WINDOWS {
-            let id = self.volume(self.a, 384)?;
-            let handle = format!("/dev/mapper/dmlocal-{id}");
-            shell(self.a, &format!("dmlocal-writer fill --device {handle} --seed 1"))?;
-            let order = format!(
-                "dmlocalctl volume move {id} --from https://node-a:7450 --to https://node-b:7450 \
-                 --hold"
-            );
-            shell(self.b, &order)?;
-            let read = || -> Result<f64> {
-                let report = fio(
-                    self.b,
-                    &format!(
-                        "--rw=randread --bs=4k --iodepth=4 --ioengine=libaio --direct=1 \
-                         --time_based --runtime={LOAD_S} --thread --name=guest --filename={handle}"
-                    ),
-                )?;
-                let p99 = &report["jobs"][0]["read"]["clat_ns"]["percentile"]["99.000000"];
-                p99.as_f64().context("fio's p99")
-            };
-            let held = read()?;
-            shell(self.b, &format!("dmlocalctl volume switch {id}"))?;
-            let (hydrating, loaded) = thread::scope(|scope| -> Result<_> {
-                let watch = scope.spawn(|| self.tenths(&id));
-                let hydrating = read()?;
-                let loaded = watch.join().map_err(|_| anyhow!("a thread panicked"))??;
-                Ok((hydrating, loaded))
-            })?;
-            let idle = mean(&self.tenths(&id)?);
-            latency.push(hydrating / held);
-            progress.push(mean(&loaded) / idle);
-            worst.push(loaded.iter().copied().fold(f64::INFINITY, f64::min) / mean(&loaded));
-            // What is left of it need not be copied.
-            let end = format!("dmlocalctl volume detach {id} && dmlocalctl volume delete {id}");
-            shell(self.b, &end)?;
-        }
-        self.say(&format!("under load: {latency:.2?} {progress:.2?} {worst:.2?}"));
-        let bars = [(2.0, false), (0.2, true), (0.2, true)];
-        let values = [latency, progress, worst];
-        let rows = UNDER_LOAD.into_iter().zip(values).zip(bars);
-        Ok(rows
-            .map(|((name, values), (bar, at_least))| Row {
-                name,
-                value: median(&values),
-                bar,
-                at_least,
-                detail: format!("{WINDOWS} windows of {LOAD_S} s: {values:.2?}"),
-            })
-            .collect())
-    }
-
-    /// Regions a second that were copied in each part of a window from now on.
-    fn tenths(&self, id: &str) -> Result<Vec<f64>> {
-        let pause = f64::from(LOAD_S) / f64::from(TENTHS);
-        let look = format!(
-            "name=$(dmsetup ls | awk '/{id}-g[0-9]+-clone/ {{print $1}}')
-             for look in $(seq 0 {TENTHS}); do
-                 set -- $(dmsetup status --noflush $name)
-                 echo $(date +%s%N) ${{7%/*}}
-                 sleep {pause}
-             done"
-        );
-        let text = shell(self.b, &look)?;
-        let looks: Vec<(f64, f64)> = text
-            .lines()
-            .filter_map(|line| line.split_once(' '))
-            .map(|(at, regions)| Ok((at.parse()?, regions.parse()?)))
-            .collect::<Result<_>>()?;
-        let pairs = looks.iter().zip(looks.iter().skip(1));
-        Ok(pairs
-            .map(|((from, before), (to, after))| (after - before) / (to - from) * 1e9)
-            .collect())
-    }
-
-    fn rss_idle(&self) -> Result<Row> {
-        let value = rss_mib(self.a)?;
-        let detail = "VmRSS of dmlocald after its start".to_owned();
-        Ok(Row { name: "rss_idle_mib", value, bar: 20.0, at_least: false, detail })
-    }
-
-    fn rss_growth(&self) -> Result<Row> {
-        // Side by side, because starting a program takes longer here than its work.
-        let rounds = |count: u32| {
-            let one = "id=$(cat /proc/sys/kernel/random/uuid); \
-                       dmlocalctl volume create $id --size 8MiB >/dev/null && \
-                       dmlocalctl volume attach $id >/dev/null && \
-                       dmlocalctl volume detach $id >/dev/null && \
-                       dmlocalctl volume delete $id >/dev/null || exit 1";
-            let line = format!("for round in $(seq {}); do {one}; done", count / WORKERS);
-            let all = format!(
-                "pids=; for worker in $(seq {WORKERS}); do ({line}) & pids=\"$pids $!\"; done; \
-                 for pid in $pids; do wait $pid || exit 1; done"
-            );
-            shell(self.a, &all)
-        };
-        rounds(EARLY_ROUNDS)?;
-        let early = rss_mib(self.a)?;
-        rounds(ROUNDS - EARLY_ROUNDS)?;
-        let late = rss_mib(self.a)?;
-        Ok(Row {
-            name: "rss_growth_200_rounds",
-            value: late / early,
-            bar: 1.1,
-            at_least: false,
-            detail: format!("{early:.2} MiB after {EARLY_ROUNDS} rounds, {late:.2} after {ROUNDS}"),
-        })
-    }
 }
 
 fn shell(node: &Node, line: &str) -> Result<String> {
@@ -574,23 +449,10 @@ fn wait_until_local(node: &Node, id: &str) -> Result<()> {
     shell(node, &line).map(drop)
 }
 
-#[expect(clippy::cast_precision_loss, reason = "a few thousand KiB")]
-fn rss_mib(node: &Node) -> Result<f64> {
-    let text = shell(node, "awk '/VmRSS/ {print $2}' /proc/$(pidof dmlocald)/status")?;
-    let kib: u64 = text.trim().parse().with_context(|| format!("reading `{text}`"))?;
-    Ok((kib * 1024) as f64 / MIB as f64)
-}
-
 fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
-fn mean(values: &[f64]) -> f64 {
-    #[expect(clippy::cast_precision_loss, reason = "a few values")]
-    let count = values.len() as f64;
-    values.iter().sum::<f64>() / count
 }
 
 fn last(values: &[f64]) -> f64 {
