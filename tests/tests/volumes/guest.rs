@@ -17,6 +17,9 @@ const BLOCKS: u32 = 128;
 /// Size of a guest's volume.
 pub const GUEST_MIB: u32 = ((BLOCKS as u64 * GUEST_BLOCK) >> 20) as u32;
 
+/// Memory that its migration has to carry, in bytes: random, so that no page is zero.
+const BALLAST: u64 = 8 << 20;
+
 /// Where a guest that comes from elsewhere is waited for.
 const PORT: u16 = 4444;
 
@@ -61,6 +64,7 @@ impl Guest {
         let pipes = format!("/run/{}", volume.id);
         let line = format!(
             "rm -f {pipes}.in {pipes}.out
+            head --bytes {BALLAST} /dev/urandom >{pipes}.ram
             mkfifo {pipes}.in {pipes}.out
             exec nice --adjustment 19 qemu-system-x86_64 -M pc -accel tcg,tb-size=16 -m 32 \
                 -nodefaults -no-user-config -display none \
@@ -68,6 +72,7 @@ impl Guest {
                 -device virtio-blk-pci,drive=boot,bootindex=0 \
                 -drive if=none,id=data,format=raw,cache=none,aio=native,file={} \
                 -device virtio-blk-pci,drive=data \
+                -device loader,file={pipes}.ram,addr=0x1000000,force-raw=on \
                 -chardev file,id=serial,path=/dev/stdout -serial chardev:serial \
                 -chardev pipe,id=monitor,path={pipes} -mon chardev=monitor,mode=control \
                 {flags}",
@@ -194,7 +199,7 @@ impl Guest {
         }
         let ended = || Ok(if self.qemu.has_ended() { Ok(()) } else { Err(String::new()) });
         until("QEMU to end", Duration::from_secs(30), ended)?;
-        let left = format!("rm -f {0}.in {0}.out /root/{1}.boot", self.pipes, self.id());
+        let left = format!("rm -f {0}.in {0}.out {0}.ram /root/{1}.boot", self.pipes, self.id());
         self.node.shell(&left)?.ok().map(drop)
     }
 
