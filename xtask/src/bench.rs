@@ -43,6 +43,9 @@ pub(crate) struct Arguments {
     /// Only the figures with this in their names
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
+    /// Also the figures that do not fit into 20 minutes with the others
+    #[arg(long)]
+    full: bool,
 }
 
 struct Row {
@@ -83,6 +86,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         let only = arguments.only.as_deref().unwrap_or("");
         names.iter().any(|name| name.contains(only))
     };
+    let full = arguments.full || arguments.only.is_some();
     let mut rows = Vec::new();
     if wanted(&["rss_idle_mib"]) {
         rows.push(bench.rss_idle()?);
@@ -109,16 +113,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if wanted(&["collapse_max_over_p999"]) {
         rows.push(bench.collapse()?);
     }
-    if wanted(&["switch_max_over_p999"]) {
+    if full && wanted(&["switch_max_over_p999"]) {
         rows.push(bench.switch()?);
     }
-    if wanted(&load::UNDER_LOAD) {
+    if full && wanted(&load::UNDER_LOAD) {
         rows.extend(bench.under_load()?);
     }
-    if wanted(&["sparse_move_over_full", "sparse_bytes_over_allocated"]) {
+    if full && wanted(&["sparse_move_over_full", "sparse_bytes_over_allocated"]) {
         rows.extend(bench.sparse()?);
     }
-    if wanted(&["seed_pause_over_p999"]) {
+    if full && wanted(&["seed_pause_over_p999"]) {
         rows.push(bench.seed_pause()?);
     }
     if arguments.output == "json" {
