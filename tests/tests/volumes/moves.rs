@@ -284,7 +284,8 @@ pub fn a_volume_does_not_return_below_an_open_old_handle(bed: &Bed) -> Result<()
 
     user.kill();
     until("the old handle to go", SOON, || {
-        let left = a.shell("dmsetup info -c --noheadings -o uuid | grep DMLOCAL-")?;
+        let ours = "grep DMLOCAL- | grep -v DMLOCAL-refuser";
+        let left = a.shell(&format!("dmsetup info -c --noheadings -o uuid | {ours}"))?;
         Ok(if left.success() { Err(left.stdout) } else { Ok(()) })
     })?;
     volume.start_move(b, a, "--hold --wait")?;
