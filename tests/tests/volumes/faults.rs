@@ -252,7 +252,8 @@ fn fio(volume: &Volume, flags: &str) -> Vec<String> {
 
 pub fn fio_verifies_while_agents_are_killed(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
-    let volume = Volume::create(a, 32)?;
+    // Full, because what was never written is at the destination at once.
+    let volume = Volume::create_full(a, 32)?;
     let run = |on: &Node, flags: &str| -> Result<()> {
         let argv = fio(&volume, flags);
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
