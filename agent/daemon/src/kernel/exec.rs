@@ -192,8 +192,19 @@ pub fn run_lines(
         }
         line.clear();
     };
-    // Until the pipe is closed or the time is over.
-    while let Ok(chunk) = stdout.recv_timeout(end.saturating_duration_since(Instant::now())) {
+    // Until the pipe is closed or the time is over, also for who is never out of words:
+    // what is there already is received however little time is left.
+    let mut is_late = false;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let chunk = match stdout.recv_timeout(left) {
+            Ok(chunk) if !left.is_zero() => chunk,
+            Err(RecvTimeoutError::Disconnected) => break,
+            Ok(_) | Err(RecvTimeoutError::Timeout) => {
+                is_late = true;
+                break;
+            }
+        };
         for piece in chunk.split_inclusive(|byte| *byte == b'\n') {
             line.extend_from_slice(piece);
             if line.last() == Some(&b'\n') || line.len() > LONGEST_LINE {
@@ -211,6 +222,8 @@ pub fn run_lines(
     match ended {
         Err(error) => Err(fail(Failure::Start(error), &stderr)),
         Ok(None) => Err(fail(Failure::Deadline(deadline), &stderr)),
+        // It ended well, and not all of it was heard.
+        Ok(Some(_)) if is_late => Err(fail(Failure::Deadline(deadline), &stderr)),
         Ok(Some(status)) if !status.success() => Err(fail(Failure::Status(status), &stderr)),
         Ok(Some(_)) if !is_text => Err(fail(Failure::NotText, &stderr)),
         Ok(Some(_)) => Ok(()),
@@ -341,10 +354,25 @@ mod test {
         assert_eq!((lines, bytes), (100_001, 400_003));
         let failed = run_lines("sh", &["-c", "echo a; exit 3"], LONG, |_| {});
         assert_eq!(failed.unwrap_err().code(), Some(3));
-        let before = Instant::now();
-        let endless = run_lines("yes", &[], Duration::from_millis(200), |_| {});
-        assert!(endless.is_err() && before.elapsed() < Duration::from_secs(10));
         assert!(run_lines("printf", &["\\377\n"], LONG, |_| {}).is_err());
+    }
+
+    #[test]
+    fn nobody_is_listened_to_beyond_the_deadline() {
+        let short = Duration::from_millis(100);
+        let (before, mut lines) = (Instant::now(), 0_u64);
+        let endless = run_lines("yes", &[], short, |_| {
+            lines += 1;
+            // Something to take is always there.
+            if lines.is_multiple_of(4096) {
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        assert!(endless.is_err() && before.elapsed() < Duration::from_secs(10));
+        let late = run_lines("sh", &["-c", "echo a; sleep 0.02; echo b"], short, |_| {
+            thread::sleep(3 * short);
+        });
+        assert!(matches!(late, Err(ExecError { failure: Failure::Deadline(_), .. })), "{late:?}");
     }
 
     #[test]
