@@ -22,6 +22,8 @@ mod migrations;
 mod moves;
 #[path = "volumes/refusals.rs"]
 mod refusals;
+#[path = "volumes/remote.rs"]
+mod remote;
 #[path = "volumes/snapshots.rs"]
 mod snapshots;
 #[path = "volumes/sparse.rs"]
@@ -79,6 +81,12 @@ const SCENARIOS: &[Scenario] = scenarios![
     refusals::a_pool_that_is_away_is_named,
     refusals::a_pool_of_other_blocks_takes_no_volume_from_elsewhere,
     refusals::a_kernel_without_dm_clone_is_named,
+    remote::a_volume_is_written_elsewhere_and_comes_home,
+    remote::a_remote_volume_is_localized_under_load,
+    remote::a_full_pool_makes_a_move_remote_and_room_makes_it_local,
+    remote::a_remote_volume_outlives_the_power_of_its_user,
+    remote::a_remote_volume_stops_with_the_power_of_its_source,
+    remote::a_remote_volume_waits_for_a_pulled_cable,
     faults::agents_killed_around_the_switch_go_on,
     faults::agents_killed_while_a_volume_arrives_go_on,
     faults::agents_killed_while_copying_go_on,
@@ -104,6 +112,7 @@ const EXTENT: &str = "DMLOCAL_SCENARIOS";
 
 /// Those that a change has to pass, and that are too much for every try: `--long`.
 const LONG: &[&str] = &[
+    "a_volume_is_written_elsewhere_and_comes_home",
     "writes_overlap_with_copying",
     "a_source_that_is_still_written_is_not_fenced",
     "a_detached_volume_moves_cold_and_an_attached_one_does_not",
@@ -136,6 +145,11 @@ const FULL: &[&str] = &[
     "agents_killed_while_parting_go_on",
     "a_destination_boots_while_its_source_is_away",
     "a_source_behind_a_pulled_cable_is_waited_for",
+    "a_remote_volume_waits_for_a_pulled_cable",
+    "a_remote_volume_is_localized_under_load",
+    "a_full_pool_makes_a_move_remote_and_room_makes_it_local",
+    "a_remote_volume_outlives_the_power_of_its_user",
+    "a_remote_volume_stops_with_the_power_of_its_source",
     "a_guest_whose_migration_is_cancelled_stays",
     "a_guest_stays_whose_destination_loses_power",
     "a_volume_passes_through_a_node_before_it_is_whole_there",

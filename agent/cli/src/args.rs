@@ -212,9 +212,16 @@ pub(crate) enum VolumeCommand {
         /// Keep the source writable until `volume switch`
         #[arg(long)]
         hold: bool,
-        /// Return when everything is copied (with --hold: when it is held)
+        /// Return when everything is copied (with --hold: when it is held), or when
+        /// it is remote
         #[arg(long)]
         wait: bool,
+        /// Leave the data at the source until `volume localize`
+        #[arg(long, conflicts_with_all = ["local", "pool"])]
+        remote: bool,
+        /// Copy the data, whatever the destination's configuration says
+        #[arg(long)]
+        local: bool,
         /// The destination's pool; its only or first one if absent
         #[arg(long, default_value = "", hide_default_value = true)]
         pool: String,
@@ -228,6 +235,15 @@ pub(crate) enum VolumeCommand {
         /// The guest has left the source, although it is still written there
         #[arg(long)]
         force: bool,
+    },
+    /// Copy a remote volume to the node that uses it; ask that node
+    Localize {
+        /// The volume
+        #[command(flatten)]
+        which: Which,
+        /// The pool; the node's only or first one if absent
+        #[arg(long, default_value = "", hide_default_value = true)]
+        pool: String,
     },
     /// Give a held move up; ask the destination
     Abort(Which),

@@ -6,8 +6,9 @@ use clap::CommandFactory as _;
 use dmlocal_proto::v1::{
     AbortRequest, AttachVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest,
     DetachVolumeRequest, ExtendVolumeRequest, ForgetSourceRequest, GetVolumeRequest,
-    ListPoolsRequest, ListVolumesRequest, Origin, PauseHydrationRequest, ResumeHydrationRequest,
-    RevertVolumeRequest, SwitchRequest, TuneHydrationRequest, Volume,
+    ListPoolsRequest, ListVolumesRequest, LocalizeRequest, Origin, PauseHydrationRequest,
+    ReceiveMode, ResumeHydrationRequest, RevertVolumeRequest, SwitchRequest, TuneHydrationRequest,
+    Volume,
 };
 
 use crate::{
@@ -190,10 +191,22 @@ async fn volume(global: &Global, command: &VolumeCommand) -> Result<(), Failure>
             let volume = agent.ask(agent.volumes().detach(ask)).await?;
             print_volume(global, &volume, silent)
         }
-        VolumeCommand::Move { id, from, to, hold, wait, pool } => {
+        VolumeCommand::Move { id, from, to, hold, wait, remote, local, pool } => {
+            let mode = match (remote, local) {
+                (true, _) => ReceiveMode::Remote,
+                (false, true) => ReceiveMode::Local,
+                (false, false) => ReceiveMode::Unspecified,
+            };
             let (hold, wait, source) = (*hold, *wait, None);
-            let order = moving::Move { id, from, to, hold, wait, pool, source };
+            let order = moving::Move { id, from, to, hold, wait, pool, mode, source };
             moving::run(global, order).await
+        }
+        VolumeCommand::Localize { which: Which { id, generation, incarnation }, pool } => {
+            let (agent, id) = to_volume(global, id).await?;
+            let (generation, incarnation) = (*generation, incarnation.clone());
+            let ask = LocalizeRequest { id, pool: pool.clone(), generation, incarnation };
+            let volume = agent.ask(agent.moves().localize(ask)).await?;
+            print_volume(global, &volume, row)
         }
         VolumeCommand::Switch { which: Which { id, generation, incarnation }, force } => {
             let (agent, id) = to_volume(global, id).await?;

@@ -10,7 +10,7 @@
 //!     Receive at the destination: as for a move
 //! ```
 
-use dmlocal_proto::v1::{CreateVolumeRequest, GetVolumeRequest, Origin, Volume};
+use dmlocal_proto::v1::{CreateVolumeRequest, GetVolumeRequest, Origin, ReceiveMode, Volume};
 
 use crate::{
     args::{Global, check_id},
@@ -45,6 +45,7 @@ pub(crate) async fn run(
                 hold: false,
                 wait: false,
                 pool,
+                mode: ReceiveMode::Unspecified,
                 source: Some(&source),
             };
             return moving::between(order, (&there, &source_node), (&here, &node)).await;

@@ -17,8 +17,8 @@ use std::{
 };
 
 use dmlocal_proto::v1::{
-    GetVolumeRequest, Grant, GrantRequest, Node, Origin, ReceiveRequest, RevokeRequest, Volume,
-    VolumeState,
+    GetVolumeRequest, Grant, GrantRequest, Node, Origin, ReceiveMode, ReceiveRequest,
+    RevokeRequest, Volume, VolumeState,
 };
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
@@ -48,6 +48,8 @@ pub(crate) struct Move<'a> {
     pub(crate) wait: bool,
     /// The destination's pool; empty for its first.
     pub(crate) pool: &'a str,
+    /// Where the data is going to be.
+    pub(crate) mode: ReceiveMode,
     /// What the volume is new from; none for one that moves.
     pub(crate) source: Option<&'a Origin>,
 }
@@ -83,7 +85,11 @@ pub(crate) async fn between(
     (destination, destination_node): (&Agent, &Node),
 ) -> Result<Volume, Failure> {
     let grant = grant(source, destination_node, order).await?;
-    let ask = ReceiveRequest { grant: Some(grant.clone()), pool: order.pool.to_owned() };
+    let ask = ReceiveRequest {
+        grant: Some(grant.clone()),
+        pool: order.pool.to_owned(),
+        mode: order.mode.into(),
+    };
     match destination.ask(destination.moves().receive(ask)).await {
         Ok(volume) => Ok(volume),
         Err(error) if error.answered => {
@@ -198,12 +204,13 @@ enum Progress {
 fn progress(state: i32, hold: bool) -> Progress {
     use VolumeState::*;
     match VolumeState::try_from(state).unwrap_or(Unspecified) {
-        Local => Progress::Arrived,
+        // It stays where it is until somebody says otherwise, or there is room.
+        Local | Remote => Progress::Arrived,
         Failed | Damaged => Progress::Failed,
         // Whoever waits for a held volume may find it switched already.
         Held | Hydrating | Collapsing | Stalled if hold => Progress::Arrived,
         Held | Hydrating | Collapsing | Stalled => Progress::UnderWay,
-        Unspecified | Published | Fenced | Releasing | Remote => Progress::UnderWay,
+        Unspecified | Published | Fenced | Releasing => Progress::UnderWay,
     }
 }
 
@@ -274,6 +281,7 @@ mod test {
             (Stalled, Progress::UnderWay, Progress::Arrived),
             (Releasing, Progress::UnderWay, Progress::UnderWay),
             (Unspecified, Progress::UnderWay, Progress::UnderWay),
+            (Remote, Progress::Arrived, Progress::Arrived),
             (Failed, Progress::Failed, Progress::Failed),
             (Damaged, Progress::Failed, Progress::Failed),
         ];

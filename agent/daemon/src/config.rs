@@ -35,9 +35,48 @@ pub struct Config {
     /// How copies that come here share the node.
     #[serde(default)]
     pub hydration: Hydration,
+    /// What becomes of volumes that are received.
+    #[serde(default)]
+    pub receive: Receive,
     /// Where space comes from.
     #[serde(default, rename = "pool")]
     pub pools: Vec<Pool>,
+}
+
+/// What becomes of volumes that are received.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Receive {
+    /// What to do with one for which there is no room.
+    #[serde(default)]
+    pub when_full: WhenFull,
+    /// Volumes of more bytes than this are never copied here; none for no limit.
+    pub always_remote_above_bytes: Option<u64>,
+    /// Whether volumes that are remote for want of room are copied here as soon as
+    /// there is some.
+    #[serde(default = "yes")]
+    pub localize_by_itself: bool,
+}
+
+impl Default for Receive {
+    fn default() -> Self {
+        Self {
+            when_full: WhenFull::default(),
+            always_remote_above_bytes: None,
+            localize_by_itself: yes(),
+        }
+    }
+}
+
+/// What to do with a received volume for which there is no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WhenFull {
+    /// Refuse it.
+    #[default]
+    Refuse,
+    /// Use it without a copy here.
+    Remote,
 }
 
 /// Where the interface listens.
@@ -154,6 +193,10 @@ pub struct Pool {
     pub high_water_percent: f64,
 }
 
+const fn yes() -> bool {
+    true
+}
+
 const fn default_max_chain() -> u32 {
     4
 }
@@ -251,6 +294,12 @@ impl Config {
             if !(1..=1000).contains(&count) {
                 return wrong(field, "must be 1 to 1000");
             }
+        }
+        if self.receive.always_remote_above_bytes == Some(0) {
+            return wrong(
+                "receive.always_remote_above_bytes",
+                "must be at least 1: a node without a pool keeps everything remote",
+            );
         }
         let mut names = BTreeSet::new();
         for pool in &self.pools {
@@ -352,6 +401,10 @@ mod test {
             ("[[pool]]", "[hydration]\nper_source = 1001\n[[pool]]", "hydration.per_source"),
             ("[[pool]]", "[hydration]\nrate = 5\n[[pool]]", "rate"),
             ("[[pool]]", "[hydration]\nrate_bytes_per_s = -1\n[[pool]]", "rate_bytes_per_s"),
+            ("[tls]", "[receive]\nwhen_full = \"wait\"\n[tls]", "when_full"),
+            ("[tls]", "[receive]\nalways_remote_above_bytes = 0\n[tls]", "receive.always"),
+            ("[tls]", "[receive]\nalways_remote_above_bytes = -1\n[tls]", "always_remote"),
+            ("[tls]", "[receive]\nlocalize = true\n[tls]", "localize"),
             ("thin_pool = \"pool\"", "thin_pool = \"pool\"\noverprovisioning = 0.5", "overprov"),
         ] {
             let text = GOOD.replacen(from, to, 1);

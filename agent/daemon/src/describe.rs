@@ -35,6 +35,7 @@ pub fn describe(record: &Record, rest: Rest, progress: &Progress) -> String {
             "source {node} was given up: reads of what is missing fail until it is rewritten"
         ),
         (Rest::Wait(Wait::Map), _) => format!("source {node} is asked what was never written"),
+        (Rest::Wait(Wait::Remote), _) => format!("what is written here goes to {node}"),
         (Rest::Wait(Wait::Hydration), _) if record.tuning.paused => "paused".to_owned(),
         (Rest::Wait(Wait::Hydration), _) => progress.pause().map_or_else(String::new, paused),
         (rest, _) => at_rest(rest),
@@ -49,7 +50,13 @@ fn at_rest(rest: Rest) -> String {
         Rest::Settled
         | Rest::Gone
         | Rest::Wait(
-            Wait::Switch | Wait::Map | Wait::Hydration | Wait::Source | Wait::Lost | Wait::Peer,
+            Wait::Switch
+            | Wait::Map
+            | Wait::Hydration
+            | Wait::Remote
+            | Wait::Source
+            | Wait::Lost
+            | Wait::Peer,
         ) => String::new(),
     }
 }

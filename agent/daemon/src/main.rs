@@ -34,6 +34,9 @@ thread_local! {
     static SPAN: Cell<Option<EnteredSpan>> = const { Cell::new(None) };
 }
 
+/// How often it is seen whether there is room for copies of remote volumes now.
+const LOCALIZE: std::time::Duration = std::time::Duration::from_secs(10);
+
 /// Makes node-local disks movable volumes.
 #[derive(Debug, Parser)]
 #[command(version)]
@@ -101,6 +104,14 @@ async fn run(config: Config) -> anyhow::Result<()> {
     for warning in service.warnings().await {
         warn!("{warning}");
     }
+
+    let localizing = Arc::clone(&service);
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(LOCALIZE).await;
+            localizing.localize_what_fits().await;
+        }
+    });
 
     let (stop, stopping) = tokio::sync::watch::channel(false);
     let mut term = signal(SignalKind::terminate())?;

@@ -94,6 +94,24 @@ pub trait Peers: Send + Sync + 'static {
         region: Sectors,
     ) -> Result<AllocationMap, PeerError>;
 
+    /// Nobody there writes any more, and what is written here is taken there; the
+    /// answer is the volume's size in bytes. `force` as for a fence.
+    async fn serve(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+        force: bool,
+    ) -> Result<u64, PeerError>;
+
+    /// The copy there is the volume again.
+    async fn give_back(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+    ) -> Result<(), PeerError>;
+
     /// The copy there may go.
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError>;
 
@@ -206,6 +224,7 @@ impl Peers for TlsPeers {
             incarnation: claim.incarnation.to_string(),
             generation: claim.generation.0,
             force,
+            session: claim.session,
         };
         let answer = self.moves(peer)?.fence(request).await;
         Ok(self.outcome(peer, answer)?.size_bytes)
@@ -239,6 +258,41 @@ impl Peers for TlsPeers {
             reason: "ALLOCATION_UNKNOWN".to_owned(),
             message: "its map is malformed".to_owned(),
         })
+    }
+
+    async fn serve(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+        force: bool,
+    ) -> Result<u64, PeerError> {
+        let request = v1::ServeRequest {
+            volume_id: volume.to_string(),
+            grant_id: claim.grant.to_string(),
+            incarnation: claim.incarnation.to_string(),
+            generation: claim.generation.0,
+            session: claim.session,
+            force,
+        };
+        let answer = self.moves(peer)?.serve(request).await;
+        Ok(self.outcome(peer, answer)?.size_bytes)
+    }
+
+    async fn give_back(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+    ) -> Result<(), PeerError> {
+        let request = v1::ReclaimRequest {
+            volume_id: volume.to_string(),
+            grant_id: claim.grant.to_string(),
+            incarnation: claim.incarnation.to_string(),
+            generation: claim.generation.0,
+        };
+        let answer = self.moves(peer)?.reclaim(request).await;
+        self.outcome(peer, answer).map(|_| ())
     }
 
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {

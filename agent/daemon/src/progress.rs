@@ -88,13 +88,19 @@ impl Progress {
         seen.tuned = self.tuned;
         seen.cache_dropped = self.cache_dropped;
         seen.announced = self.announced;
+        let there = record
+            .receiving()
+            .is_some_and(|r| r.remote.is_some() && r.stage.writes_there() && r.failure.is_none());
         let hydrating =
             record.receiving().filter(|receiving| receiving.stage == ReceivingStage::Hydrating);
         let (Some(receiving), Some(CloneStatus::Working { hydrated, total, .. })) =
             (hydrating, &seen.clone_status)
         else {
+            let silent = there && (!seen.import.live || seen.path_failed);
+            let stalled_since = silent.then(|| self.stalled_since.unwrap_or_else(SystemTime::now));
             let Self { tuned, cache_dropped, announced, .. } = *self;
-            *self = Self { tuned, cache_dropped, announced, ..Self::default() };
+            *self = Self { tuned, cache_dropped, announced, stalled_since, ..Self::default() };
+            self.bytes_left = if there { record.size.bytes() } else { 0 };
             return Share::default();
         };
         let here = hydrated.saturating_mul(receiving.region.bytes());

@@ -26,7 +26,7 @@ use dmlocal_model::{
     plan::{self, Call, Device, Next, Seen, Step, Wait},
     schedule,
     units::Sectors,
-    volume::{Event, Failure, Fate, LentStage, Origin, ReceivingStage, Record, Tombstone},
+    volume::{Event, Failure, LentStage, Origin, ReceivingStage, Record, Tombstone},
 };
 use tokio::{
     sync::{Notify, broadcast, watch},
@@ -168,7 +168,7 @@ pub struct View {
     pub stalled_since: Option<SystemTime>,
 }
 
-/// A copy of a volume: which volume, and which hand-over of it.
+/// A copy of a volume: which volume, and in which generation the copy came to be.
 pub type Copy = (VolumeId, Generation);
 
 /// A copy's place in memory.
@@ -271,7 +271,7 @@ impl Volumes {
         };
         let mut slots = BTreeMap::new();
         for record in records {
-            let copy = (record.id, record.generation);
+            let copy = (record.id, record.made_in);
             let slot = Slot::new(copy);
             slot.view.send_replace(Some(View::new(&record)));
             slot.work
@@ -350,11 +350,11 @@ impl Volumes {
         work: impl AsyncFnOnce(&Slot, &mut Work) -> T,
     ) -> T {
         loop {
-            let newest = self.view(id).map_or(Generation::FIRST, |view| view.record.generation);
+            let newest = self.view(id).map_or(Generation::FIRST, |view| view.record.made_in);
             let slot = self.slot((id, newest));
             let mut guard = slot.work.lock().await;
             // It may have gone, or another come, while the lock was waited for.
-            let now = self.view(id).map_or(Generation::FIRST, |view| view.record.generation);
+            let now = self.view(id).map_or(Generation::FIRST, |view| view.record.made_in);
             if guard.left || now != newest {
                 if guard.record.is_none() && !guard.left {
                     self.leave(&slot, &mut guard);
@@ -498,6 +498,7 @@ impl Volumes {
                 Some(Rest::Wait(Wait::Hydration | Wait::Source | Wait::Lost | Wait::Map)) => {
                     Some(COPY_LOOK)
                 }
+                Some(Rest::Wait(Wait::Remote)) => Some(RETRY),
                 Some(Rest::Wait(Wait::Pool)) => Some(RETRY * 2),
                 Some(Rest::Wait(Wait::Peer)) if is_offered => Some(activity::LOOK),
                 Some(Rest::Wait(Wait::Operator | Wait::Peer | Wait::Readers)) => Some(WAITING_LOOK),
@@ -689,6 +690,10 @@ impl Volumes {
                 }
                 Next::Ask(call) => {
                     let event = self.ask(slot, work, &record, call).await?;
+                    if record.clone().after(event.clone()).as_ref() == Ok(&record) {
+                        // The source's agent answers although the source does not yet.
+                        return Ok(Rest::Wait(Wait::Source));
+                    }
                     self.journal(slot, work, event).await?;
                 }
                 Next::AskThenForget(call) => {
@@ -722,7 +727,7 @@ impl Volumes {
             (kernel.look(&owned), usage)
         })
         .await?;
-        let copy = (record.id, record.generation);
+        let copy = (record.id, record.made_in);
         let mut seen = seen.map_err(|source| {
             // Whoever cannot be looked at takes nobody's place.
             self.hydrations.place(copy, None, 0, Instant::now());
@@ -886,17 +891,7 @@ impl Volumes {
         event: Event,
     ) -> Result<(), ServiceError> {
         let Some(record) = work.record.clone() else { return Ok(()) };
-        let mut stones = Vec::new();
-        if event == Event::Revoked
-            && let Some(lent) = record.lent()
-        {
-            stones.push(Tombstone {
-                volume: record.id,
-                incarnation: record.incarnation,
-                grant: lent.to.grant,
-                fate: Fate::Revoked,
-            });
-        }
+        let stones = record.stone_of(&event).into_iter().collect();
         info!(volume = %record.id, ?event, "journal");
         if matches!(event, Event::Seeded | Event::SeedingSkipped) {
             work.source_map.forget();
@@ -941,7 +936,7 @@ impl Volumes {
     ) -> Result<(), ServiceError> {
         info!(volume = %record.id, "gone");
         let stones = record.epitaphs();
-        tokio::task::block_in_place(|| self.store.forget(record.id, record.generation, &stones))?;
+        tokio::task::block_in_place(|| self.store.forget(record.id, record.made_in, &stones))?;
         work.record = None;
         self.publish(slot, work, None);
         self.tell_snapshot(record);
@@ -970,9 +965,33 @@ impl Volumes {
                         source_bytes: size,
                         here: receiving.length.bytes(),
                     }),
+                    Err(error) if has_lost_power(&error) => Ok(record.source_lost_power(boot)),
                     // Any other refusal says nothing about what will be: asked again.
                     Err(error) if ends_the_grant(&error) => {
                         self.journal(slot, work, Event::SourceRefused).await?;
+                        Err(error.into())
+                    }
+                    Err(error) => Err(error.into()),
+                }
+            }
+            (Call::Serve, Some(receiving), _) => {
+                let (peer, claim) = source_of(record, receiving);
+                let refused = Event::SourceRefused;
+                match self.peers.serve(&peer, record.id, &claim, receiving.forced).await {
+                    Ok(size) if size == record.size.bytes() => Ok(Event::SourceServes(boot)),
+                    Ok(size) if size > record.size.bytes() && receiving.source.hold => {
+                        Ok(Event::SourceGrew(Sectors::from_bytes(size)))
+                    }
+                    Ok(size) => Err(ServiceError::SizeMismatch {
+                        source_bytes: size,
+                        here: record.size.bytes(),
+                    }),
+                    Err(error) if has_lost_power(&error) => Ok(record.source_lost_power(boot)),
+                    Err(error)
+                        if ends_the_grant(&error)
+                            && record.clone().after(refused.clone()).is_ok() =>
+                    {
+                        self.journal(slot, work, refused).await?;
                         Err(error.into())
                     }
                     Err(error) => Err(error.into()),
@@ -987,6 +1006,7 @@ impl Volumes {
                     grant: borrower.grant,
                     incarnation: record.incarnation,
                     generation: record.generation,
+                    session: 0,
                 };
                 match self.peers.query(&Peer::from(borrower), record.id, &claim).await?.taken {
                     false => Ok(Event::Confirmed(boot)),
@@ -1010,13 +1030,15 @@ impl Volumes {
         let (peer, claim) = source_of(record, receiving);
         let answer = match call {
             Call::Release => self.peers.release(&peer, record.id, &claim).await,
-            Call::Fence | Call::Revoke | Call::QueryGrant => {
+            Call::Return => self.peers.give_back(&peer, record.id, &claim).await,
+            Call::Fence | Call::Serve | Call::Revoke | Call::QueryGrant => {
                 self.peers.revoke(&peer, record.id, &claim).await
             }
         };
         match answer {
             Ok(()) => Ok(()),
-            Err(error) if is_over(&error) => {
+            // Where a volume has gone back to is known for sure, or not at all.
+            Err(error) if is_over(&error) && call != Call::Return => {
                 info!(volume = %record.id, %error, "the source has no such grant any more");
                 Ok(())
             }
@@ -1100,6 +1122,7 @@ fn source_of(record: &Record, receiving: &dmlocal_model::volume::Receiving) -> (
         grant: source.grant,
         incarnation: record.incarnation,
         generation: source.generation,
+        session: receiving.remote.as_ref().map_or(0, |remote| remote.session),
     };
     (peer, claim)
 }
@@ -1114,6 +1137,11 @@ fn is_over(error: &PeerError) -> bool {
 fn ends_the_grant(error: &PeerError) -> bool {
     matches!(error, PeerError::Refused { reason, .. }
         if reason == "GRANT_UNKNOWN" || reason == "GENERATION_STALE")
+}
+
+/// The source has lost power since this node's consumers were let in.
+fn has_lost_power(error: &PeerError) -> bool {
+    matches!(error, PeerError::Refused { reason, .. } if reason == "SESSION_STALE")
 }
 
 /// Whether a step loads a clone that may hold data already.

@@ -1,6 +1,7 @@
 //! Requests: admit, journal, converge, and undo what a failed one had begun.
 
 mod forget;
+mod remote;
 mod snapshots;
 
 use std::{
@@ -27,7 +28,10 @@ use dmlocal_model::{
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
-pub use self::forget::{Forgotten, lost};
+pub use self::{
+    forget::{Forgotten, lost},
+    remote::Mode,
+};
 use crate::{
     kernel::{PoolFacts, StepError},
     peers::Peer,
@@ -146,11 +150,11 @@ impl Service {
         let copies = self.volumes.copies(which.id);
         let named = copies
             .iter()
-            .map(|view| view.record.generation)
-            .find(|generation| which.generation == Some(*generation));
+            .find(|view| which.generation == Some(view.record.generation))
+            .map(|view| view.record.made_in);
         let delete = async |slot: &Slot, work: &mut Work| self.deleting(which, slot, work).await;
         match named {
-            Some(generation) => self.volumes.with((which.id, generation), delete).await,
+            Some(made_in) => self.volumes.with((which.id, made_in), delete).await,
             None => self.volumes.with_newest(which.id, delete).await,
         }
     }
@@ -244,6 +248,7 @@ impl Service {
         self.volumes
             .with_newest(id, async |slot, work| {
                 let before = work.record.clone();
+                let last = self.volumes.view(id);
                 self.change(id, slot, work, Room::None, |known| {
                     admit::detach(which.of(known.record)?, known.handle.as_ref())
                 })
@@ -264,7 +269,14 @@ impl Service {
                     };
                     self.restore(slot, work, Err(cause), before).await?;
                 }
-                self.shown(id)
+                match (&work.record, last) {
+                    // It has gone back to where its data is.
+                    (None, Some(last)) => {
+                        let record = Record { attached: false, ..last.record };
+                        Ok(View { record, seen: None, ..last })
+                    }
+                    _ => self.shown(id),
+                }
             })
             .await
     }
@@ -322,7 +334,7 @@ impl Service {
             .with(copy, async |slot, work| {
                 let spent = self.volumes.tombstone(offer.source.grant)?;
                 let mut others = self.volumes.copies(id).into_iter().map(|view| view.record);
-                let elder = others.rfind(|record| record.generation != copy.1);
+                let elder = others.rfind(|record| record.made_in != copy.1);
                 let begun = self
                     .change(id, slot, work, Room::In(&pool), |known| {
                         let handle = known.handle.as_ref();
@@ -461,6 +473,14 @@ impl Service {
             .await
     }
 
+    /// What speaks for it that the guest has left: somebody's word, or what is seen.
+    async fn said_or_seen(&self, force: bool, work: &mut Work) -> Result<Evidence, ServiceError> {
+        match force {
+            true => Ok(Evidence::Word),
+            false => self.volumes.evidence(work).await,
+        }
+    }
+
     /// Ends writing here, for the grant's holder. Returns the size in bytes.
     ///
     /// # Errors
@@ -472,19 +492,17 @@ impl Service {
         force: bool,
         caller: Option<&str>,
     ) -> Result<u64, ServiceError> {
+        let boot = self.volumes.kernel.boot();
         self.volumes
             .with(self.lent_under(id, claim.grant, claim.generation), async |slot, work| {
                 if let Some(record) = &work.record {
                     borrowed_by(record, claim.grant, caller)?;
                 }
-                let evidence = match force {
-                    true => Evidence::Word,
-                    false => self.volumes.evidence(work).await?,
-                };
+                let evidence = self.said_or_seen(force, work).await?;
                 self.change(id, slot, work, Room::None, |known| {
                     let record = known.record.ok_or(Refusal::GrantUnknown(claim.grant))?;
                     borrowed_by(record, claim.grant, caller)?;
-                    admit::fence(record, claim, evidence)
+                    admit::fence(record, claim, evidence, boot)
                 })
                 .await?;
                 self.arrived(slot, work).await?;
@@ -588,7 +606,7 @@ impl Service {
     fn lent_under(&self, id: VolumeId, grant: Uuid, believed: Generation) -> Copy {
         let mut copies = self.volumes.copies(id).into_iter().map(|view| view.record);
         let lent = copies.find(|r| r.lent().is_some_and(|lent| lent.to.grant == grant));
-        (id, lent.map_or(believed, |record| record.generation))
+        (id, lent.map_or(believed, |record| record.made_in))
     }
 
     /// What readers see, with what each volume takes in its pool now: nothing else
@@ -855,7 +873,7 @@ impl Service {
         event: Event,
     ) -> Result<View, ServiceError> {
         let Err(cause) = outcome else {
-            let copy = work.record.as_ref().map(|record| (record.id, record.generation));
+            let copy = work.record.as_ref().map(|record| (record.id, record.made_in));
             let view = copy.and_then(|copy| self.volumes.view_of(copy));
             return view.ok_or_else(|| ServiceError::Internal("the volume is gone".into()));
         };
@@ -925,6 +943,9 @@ pub fn bytes_left(view: &View) -> Option<u64> {
     let size = receiving.length;
     let status = view.seen.as_ref().and_then(|seen| seen.clone_status.as_ref());
     use dmlocal_model::volume::ReceivingStage as S;
+    if receiving.remote.is_some() {
+        return Some(size.bytes());
+    }
     Some(match (receiving.stage, status) {
         (S::Collapsing | S::Parting | S::Discarding | S::Discarded, _) => 0,
         (_, Some(CloneStatus::Working { hydrated, total, .. })) => total

@@ -27,7 +27,8 @@ pub const JOURNAL_VERSION: u32 = 1;
 const FILE: &str = "journal.redb";
 /// Facts of the journal itself: `version`, `node`, `host`.
 const FACTS: TableDefinition<'_, &str, &str> = TableDefinition::new("facts");
-/// Volume id and generation of the copy, with a space in between, to record.
+/// Volume id and the generation in which the copy came to be, with a space in between,
+/// to record.
 const VOLUMES: TableDefinition<'_, &str, &str> = TableDefinition::new("volumes");
 /// Grant id to tombstone.
 const TOMBSTONES: TableDefinition<'_, &str, &str> = TableDefinition::new("tombstones");
@@ -159,7 +160,7 @@ impl Store {
     /// The write failed, now or earlier.
     pub fn put(&self, record: &Record, stones: &[Tombstone]) -> Result<(), StoreError> {
         self.write(|write| {
-            let key = key_of(record.id, record.generation);
+            let key = key_of(record.id, record.made_in);
             write.open_table(VOLUMES)?.insert(key.as_str(), encode(&key, record)?.as_str())?;
             bury(write, stones)
         })
@@ -172,11 +173,11 @@ impl Store {
     pub fn forget(
         &self,
         id: VolumeId,
-        generation: Generation,
+        made_in: Generation,
         stones: &[Tombstone],
     ) -> Result<(), StoreError> {
         self.write(|write| {
-            write.open_table(VOLUMES)?.remove(key_of(id, generation).as_str())?;
+            write.open_table(VOLUMES)?.remove(key_of(id, made_in).as_str())?;
             bury(write, stones)
         })
     }
@@ -218,8 +219,8 @@ impl Store {
     }
 }
 
-fn key_of(id: VolumeId, generation: Generation) -> String {
-    format!("{id} {generation}")
+fn key_of(id: VolumeId, made_in: Generation) -> String {
+    format!("{id} {made_in}")
 }
 
 fn bury(write: &redb::WriteTransaction, stones: &[Tombstone]) -> Result<(), StoreError> {

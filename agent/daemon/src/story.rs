@@ -2,6 +2,7 @@
 //! failure or the process's death at every single action, and what bad requests
 //! get.
 
+mod remote;
 mod snapshots;
 
 use std::{
@@ -95,6 +96,25 @@ impl Peers for Direct {
         refused(peer, self.at(peer)?.allocation(volume, claim, region, None).await)
     }
 
+    async fn serve(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+        force: bool,
+    ) -> Result<u64, PeerError> {
+        refused(peer, self.at(peer)?.serve(volume, claim, force, None).await)
+    }
+
+    async fn give_back(
+        &self,
+        peer: &Peer,
+        volume: VolumeId,
+        claim: &Claim,
+    ) -> Result<(), PeerError> {
+        refused(peer, self.at(peer)?.reclaim(volume, claim, None).await)
+    }
+
     async fn release(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
         refused(peer, self.at(peer)?.release(volume, claim, None).await)
     }
@@ -155,12 +175,21 @@ impl Pair {
         max_chain: u32,
         change: impl Fn(&mut FakeKernel),
     ) -> Self {
+        Self::open_as(world, directory, |node| config(node, max_chain), change).await
+    }
+
+    async fn open_as(
+        world: Arc<Mutex<World>>,
+        directory: &std::path::Path,
+        config: impl Fn(usize) -> Config,
+        change: impl Fn(&mut FakeKernel),
+    ) -> Self {
         let died = Arc::new(Notify::new());
         let peers = Arc::new(Direct { world: Arc::clone(&world), services: OnceLock::new() });
         let mut services = Vec::new();
         let nodes = locked(&world).nodes.len();
         for node in 0..nodes {
-            let config = config(node, max_chain);
+            let config = config(node);
             let store = Store::open(&directory.join(format!("n{node}")), &config.node).unwrap();
             let mut kernel = FakeKernel {
                 world: Arc::clone(&world),
@@ -505,6 +534,7 @@ fn bad_requests_are_refused_with_a_reason_and_change_nothing() {
             grant: Uuid::from_u128(7),
             incarnation: held.record.incarnation,
             generation: dmlocal_model::name::Generation(1),
+            session: 0,
         };
         let stranger = Claim { grant: Uuid::from_u128(99), ..claim.clone() };
         assert_eq!(one(a.fence(id, &stranger, false, Some("n1")).await), "GRANT_UNKNOWN");

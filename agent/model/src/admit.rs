@@ -1,13 +1,18 @@
 //! Whether a request may be granted, and what the journal then says: pure, and
 //! complete before anything is changed.
 
+mod remote;
 mod snapshots;
 
 use uuid::Uuid;
 
-pub use self::snapshots::{
-    SnapshotRequest, Source as Made, create_of, delete_snapshot, grant_of, revert,
-    snapshot_template, take_snapshot, template,
+pub(crate) use self::remote::not_remote;
+pub use self::{
+    remote::{fence_served, localize, receive_remote, reclaim, serve},
+    snapshots::{
+        SnapshotRequest, Source as Made, create_of, delete_snapshot, grant_of, revert,
+        snapshot_template, take_snapshot, template,
+    },
 };
 use crate::{
     hydration::{self, MAX_BATCH, MAX_THRESHOLD, Tuning},
@@ -213,6 +218,25 @@ pub enum Refusal {
     /// A guest that is to have left still writes here.
     #[error("volume {0} is still being written at its source")]
     SourceActive(VolumeId),
+    /// What is written here goes to the source.
+    #[error("volume {id} is used here, its data is on {node}")]
+    VolumeRemote {
+        /// The volume.
+        id: VolumeId,
+        /// Where its data is.
+        node: String,
+    },
+    /// Volumes of this size are never copied to this node.
+    #[error("volumes above {limit} bytes stay remote on this node; this one has {size}")]
+    AlwaysRemote {
+        /// Bytes of the volume.
+        size: u64,
+        /// Bytes that a copy here may have.
+        limit: u64,
+    },
+    /// This node has lost power since the borrower's consumers were let in.
+    #[error("what was written under grant {0} before this node lost power may be lost")]
+    SessionStale(Uuid),
     /// No port is free for another export.
     #[error("no port is free for another export")]
     PortsExhausted,
@@ -299,6 +323,9 @@ impl Refusal {
             Self::SourceNotFenced(_) => "SOURCE_NOT_FENCED",
             Self::RegionsLost { .. } => "REGIONS_LOST",
             Self::SourceActive(_) => "SOURCE_ACTIVE",
+            Self::VolumeRemote { .. } => "VOLUME_REMOTE",
+            Self::AlwaysRemote { .. } => "ALWAYS_REMOTE",
+            Self::SessionStale(_) => "SESSION_STALE",
             Self::PortsExhausted => "PORTS_EXHAUSTED",
             Self::SnapshotNotFound(_) => "SNAPSHOT_NOT_FOUND",
             Self::SnapshotExists { .. } => "SNAPSHOT_EXISTS",
@@ -428,6 +455,7 @@ pub fn create(
         size: Sectors::from_bytes(size),
         logical_block_size: pool.logical_block_size,
         generation: Generation::FIRST,
+        made_in: Generation::FIRST,
         attached: false,
         data: None,
         growing: None,
@@ -445,6 +473,7 @@ pub fn create(
 /// # Errors
 /// It is attached, published or moving.
 pub fn delete(record: &Record, handle: Option<&Device>) -> Result<Admitted, Refusal> {
+    not_remote(record)?;
     match &record.phase {
         Phase::Deleting => return Ok(Admitted::Already),
         Phase::Receiving(receiving) => match receiving.stage {
@@ -469,6 +498,7 @@ pub fn delete(record: &Record, handle: Option<&Device>) -> Result<Admitted, Refu
 /// # Errors
 /// It is moving, would shrink, or finds no room.
 pub fn extend(record: &Record, size: u64, pool: &PoolRoom) -> Result<Admitted, Refusal> {
+    not_remote(record)?;
     match &record.phase {
         // It is this node's alone already; what it grows by is not copied.
         Phase::Receiving(receiving) if receiving.stage.is_owner() => {
@@ -523,7 +553,12 @@ pub fn attach(
                 return Err(Refusal::VolumePublished { id, node });
             }
             LentStage::Published | LentStage::Revoking => {}
-            LentStage::Fencing | LentStage::Fenced | LentStage::Releasing => {
+            LentStage::Fencing
+            | LentStage::Fenced
+            | LentStage::Releasing
+            | LentStage::Yielding
+            | LentStage::Serving
+            | LentStage::Reclaiming => {
                 return Err(Refusal::VolumeFenced { id, node });
             }
         }
@@ -561,7 +596,8 @@ pub fn attach(
 /// # Errors
 /// Somebody holds it open.
 pub fn detach(record: &Record, handle: Option<&Device>) -> Result<Admitted, Refusal> {
-    if let Some(receiving) = record.receiving() {
+    // One whose source has lost power ends with its use here.
+    if let Some(receiving) = record.receiving().filter(|receiving| receiving.remote.is_none()) {
         not_failed(record.id, receiving)?;
     }
     if handle.is_some_and(|handle| handle.open_count > 0 && !handle.leaving) {
@@ -626,6 +662,7 @@ pub fn grant(
     {
         return Err(Refusal::VolumeMoving(record.id));
     }
+    not_remote(record)?;
     match &record.phase {
         Phase::Receiving(receiving) if receiving.stage.is_owner() => {
             not_failed(record.id, receiving)?;
@@ -661,6 +698,8 @@ pub fn grant(
         hold: request.hold,
         export,
         stage: LentStage::Published,
+        session: 0,
+        served_in: None,
     };
     let phase = match record.receiving() {
         Some(receiving) => Phase::Relaying(Box::new(Relay { receiving: receiving.clone(), lent })),
@@ -709,6 +748,72 @@ pub fn receive(
     this_node: &str,
     spent: Option<&Tombstone>,
 ) -> Result<Admitted, Refusal> {
+    if let Some(done) = receivable(existing, elder, &offer, handle, this_node, spent)? {
+        return Ok(done);
+    }
+    if pool.logical_block_size != offer.logical_block_size {
+        return Err(Refusal::LogicalBlockSize {
+            pool: pool.logical_block_size,
+            volume: offer.logical_block_size,
+        });
+    }
+    pool.check_size(offer.size)?;
+    let size = Sectors::from_bytes(offer.size);
+    let region = hydration::region_size(offer.size, pool.chunk);
+    pool.check_room(offer.size, hydration::metadata_bytes(size, region))?;
+    let (stage, pool) = (ReceivingStage::Allocating, pool.name.clone());
+    Ok(Admitted::Journal(Box::new(received(offer, pool, region, stage))))
+}
+
+/// What is journalled of a volume that is to be received.
+fn received(offer: Offer, pool: String, region: Sectors, stage: ReceivingStage) -> Record {
+    let size = Sectors::from_bytes(offer.size);
+    let generation = offer.source.generation.next();
+    Record {
+        id: offer.id,
+        incarnation: offer.incarnation,
+        pool,
+        size,
+        logical_block_size: offer.logical_block_size,
+        generation,
+        made_in: generation,
+        // One that is new with this move was not asked to be attached.
+        attached: !offer.begins,
+        data: None,
+        growing: None,
+        came_by: Some(offer.source.grant),
+        lent_before: None,
+        confirmed_in: None,
+        tuning: Tuning::default(),
+        lineage: Lineage { made_of: offer.made_of, ..Lineage::default() },
+        phase: Phase::Receiving(Box::new(Receiving {
+            source: offer.source,
+            meta: None,
+            length: size,
+            region,
+            floor: 0,
+            forgotten: false,
+            turn: 0,
+            seeding: Seeding::Wanted,
+            stage,
+            rebuild: None,
+            forced: false,
+            remote: None,
+            failure: None,
+        })),
+    }
+}
+
+/// What does not depend on where the data is going to be: the answer to a repeated
+/// request, or whether there is anything against it.
+fn receivable(
+    existing: Option<&Record>,
+    elder: Option<&Record>,
+    offer: &Offer,
+    handle: Option<&Device>,
+    this_node: &str,
+    spent: Option<&Tombstone>,
+) -> Result<Option<Admitted>, Refusal> {
     let grant = offer.source.grant;
     if offer.source.node == this_node {
         return Err(Refusal::MoveToSelf(this_node.to_owned()));
@@ -717,9 +822,9 @@ pub fn receive(
         return match existing.receiving() {
             Some(receiving) if receiving.source == offer.source => match receiving.stage {
                 stage if is_leaving(stage) => Err(Refusal::GrantUnknown(grant)),
-                _ => Ok(Admitted::Already),
+                _ => Ok(Some(Admitted::Already)),
             },
-            None if existing.came_by == Some(grant) => Ok(Admitted::Already),
+            None if existing.came_by == Some(grant) => Ok(Some(Admitted::Already)),
             Some(receiving) if receiving.source.grant == grant => {
                 Err(Refusal::GrantExists { grant, field: "grant" })
             }
@@ -743,47 +848,7 @@ pub fn receive(
         }
     }
     free_handle(offer.id, handle)?;
-    if pool.logical_block_size != offer.logical_block_size {
-        return Err(Refusal::LogicalBlockSize {
-            pool: pool.logical_block_size,
-            volume: offer.logical_block_size,
-        });
-    }
-    pool.check_size(offer.size)?;
-    let size = Sectors::from_bytes(offer.size);
-    let region = hydration::region_size(offer.size, pool.chunk);
-    pool.check_room(offer.size, hydration::metadata_bytes(size, region))?;
-    Ok(Admitted::Journal(Box::new(Record {
-        id: offer.id,
-        incarnation: offer.incarnation,
-        pool: pool.name.clone(),
-        size,
-        logical_block_size: offer.logical_block_size,
-        generation: offer.source.generation.next(),
-        // One that is new with this move was not asked to be attached.
-        attached: !offer.begins,
-        data: None,
-        growing: None,
-        came_by: Some(grant),
-        lent_before: None,
-        confirmed_in: None,
-        tuning: Tuning::default(),
-        lineage: Lineage { made_of: offer.made_of, ..Lineage::default() },
-        phase: Phase::Receiving(Box::new(Receiving {
-            source: offer.source,
-            meta: None,
-            length: size,
-            region,
-            floor: 0,
-            forgotten: false,
-            turn: 0,
-            seeding: Seeding::Wanted,
-            stage: ReceivingStage::Allocating,
-            rebuild: None,
-            forced: false,
-            failure: None,
-        })),
-    })))
+    Ok(None)
 }
 
 /// The guest has moved: fence the source. `force` says that the caller knows it to
@@ -810,7 +875,14 @@ pub fn switch(record: &Record, force: bool) -> Result<Admitted, Refusal> {
                 admitted => Ok(admitted),
             }
         }
-        ReceivingStage::Hydrating | ReceivingStage::Collapsing | ReceivingStage::Parting
+        ReceivingStage::Hydrating
+        | ReceivingStage::Collapsing
+        | ReceivingStage::Parting
+        | ReceivingStage::Remote
+        | ReceivingStage::Localizing
+        | ReceivingStage::Building
+        | ReceivingStage::Clearing
+        | ReceivingStage::Settling
             if receiving.source.hold =>
         {
             Ok(Admitted::Already)
@@ -837,6 +909,7 @@ pub fn abort(record: &Record, held_writes: u64) -> Result<Admitted, Refusal> {
             | ReceivingStage::Assembling
             | ReceivingStage::Held
             | ReceivingStage::Refused
+            | ReceivingStage::Linking
             | ReceivingStage::Aborting => journal(record, Event::AbortAsked),
             ReceivingStage::Withdrawing => Ok(Admitted::Already),
             ReceivingStage::Switching
@@ -844,7 +917,13 @@ pub fn abort(record: &Record, held_writes: u64) -> Result<Admitted, Refusal> {
             | ReceivingStage::Collapsing
             | ReceivingStage::Parting
             | ReceivingStage::Discarding
-            | ReceivingStage::Discarded => Err(Refusal::GrantFenced(receiving.source.grant)),
+            | ReceivingStage::Discarded
+            | ReceivingStage::Remote
+            | ReceivingStage::Localizing
+            | ReceivingStage::Building
+            | ReceivingStage::Clearing
+            | ReceivingStage::Settling
+            | ReceivingStage::Returning => Err(Refusal::GrantFenced(receiving.source.grant)),
         },
         Phase::Creating | Phase::Local | Phase::Reverting(_) | Phase::Deleting => {
             Err(Refusal::VolumeNotHeld(record.id))
@@ -890,7 +969,8 @@ pub fn tune(record: &Record, change: Change) -> Result<Admitted, Refusal> {
             | ReceivingStage::Refused
             | ReceivingStage::Switching
             | ReceivingStage::Hydrating,
-        ) if !record.is_damaged() => {}
+        ) if !record.is_damaged()
+            && record.receiving().is_some_and(|receiving| receiving.remote.is_none()) => {}
         _ => return Err(Refusal::VolumeNotHydrating(record.id)),
     }
     let mut wanted = record.clone();
@@ -912,6 +992,9 @@ pub struct Claim {
     pub incarnation: Uuid,
     /// Generation of the copy here, as the peer knows it.
     pub generation: Generation,
+    /// Which time consumers of a borrower without a copy were let in; 0 for one that
+    /// has a copy.
+    pub session: u64,
 }
 
 fn claimed<'a>(record: &'a Record, claim: &Claim) -> Result<&'a Lent, Refusal> {
@@ -944,15 +1027,26 @@ pub enum Evidence {
 /// # Errors
 /// The grant is not open here, or names another generation; or the guest is plainly
 /// still running here.
-pub fn fence(record: &Record, claim: &Claim, evidence: Evidence) -> Result<Admitted, Refusal> {
-    match claimed(record, claim)?.stage {
+pub fn fence(
+    record: &Record,
+    claim: &Claim,
+    evidence: Evidence,
+    boot: Uuid,
+) -> Result<Admitted, Refusal> {
+    let lent = claimed(record, claim)?;
+    if lent.served_in.is_some() {
+        return fence_served(record, lent, claim, boot);
+    }
+    match lent.stage {
         LentStage::Published if evidence == Evidence::Writing => {
             Err(Refusal::SourceActive(record.id))
         }
         LentStage::Published | LentStage::Fencing | LentStage::Fenced => {
             journal(record, Event::FenceAsked)
         }
-        LentStage::Revoking => Err(Refusal::GrantUnknown(claim.grant)),
+        LentStage::Revoking | LentStage::Yielding | LentStage::Serving | LentStage::Reclaiming => {
+            Err(Refusal::GrantUnknown(claim.grant))
+        }
         LentStage::Releasing => Ok(Admitted::Already),
     }
 }
@@ -970,8 +1064,13 @@ pub fn allocation(record: &Record, claim: &Claim) -> Result<(), Refusal> {
     match (claimed(record, claim)?.stage, &record.phase) {
         (LentStage::Fenced, Phase::Lent(_)) => Ok(()),
         (LentStage::Fenced, _) => unknown("its data is still on the way to this node"),
-        (LentStage::Published | LentStage::Fencing, _) => unknown("it is still written"),
-        (LentStage::Revoking | LentStage::Releasing, _) => Err(Refusal::GrantUnknown(claim.grant)),
+        (
+            LentStage::Published | LentStage::Fencing | LentStage::Yielding | LentStage::Serving,
+            _,
+        ) => unknown("it is still written"),
+        (LentStage::Revoking | LentStage::Releasing | LentStage::Reclaiming, _) => {
+            Err(Refusal::GrantUnknown(claim.grant))
+        }
     }
 }
 
@@ -982,9 +1081,12 @@ pub fn allocation(record: &Record, claim: &Claim) -> Result<(), Refusal> {
 pub fn release(record: &Record, claim: &Claim) -> Result<Admitted, Refusal> {
     match claimed(record, claim)?.stage {
         LentStage::Fenced | LentStage::Releasing => journal(record, Event::ReleaseAsked),
-        LentStage::Published | LentStage::Fencing | LentStage::Revoking => {
-            Err(Refusal::GrantUnknown(claim.grant))
-        }
+        LentStage::Published
+        | LentStage::Fencing
+        | LentStage::Revoking
+        | LentStage::Yielding
+        | LentStage::Serving
+        | LentStage::Reclaiming => Err(Refusal::GrantUnknown(claim.grant)),
     }
 }
 
@@ -998,9 +1100,12 @@ pub fn revoke(record: &Record, grant: Uuid) -> Result<Admitted, Refusal> {
         record.lent().filter(|lent| lent.to.grant == grant).ok_or(Refusal::GrantUnknown(grant))?;
     match lent.stage {
         LentStage::Published | LentStage::Revoking => journal(record, Event::RevokeAsked),
-        LentStage::Fencing | LentStage::Fenced | LentStage::Releasing => {
-            Err(Refusal::GrantFenced(grant))
-        }
+        LentStage::Fencing
+        | LentStage::Fenced
+        | LentStage::Releasing
+        | LentStage::Yielding
+        | LentStage::Serving
+        | LentStage::Reclaiming => Err(Refusal::GrantFenced(grant)),
     }
 }
 
@@ -1023,9 +1128,12 @@ fn at_rest(record: &Record) -> Result<(), Refusal> {
             let (id, node) = (record.id, lent.to.node.clone());
             Err(match lent.stage {
                 LentStage::Published | LentStage::Revoking => Refusal::VolumePublished { id, node },
-                LentStage::Fencing | LentStage::Fenced | LentStage::Releasing => {
-                    Refusal::VolumeFenced { id, node }
-                }
+                LentStage::Fencing
+                | LentStage::Fenced
+                | LentStage::Releasing
+                | LentStage::Yielding
+                | LentStage::Serving
+                | LentStage::Reclaiming => Refusal::VolumeFenced { id, node },
             })
         }
         Phase::Receiving(receiving) => {
@@ -1038,7 +1146,7 @@ fn at_rest(record: &Record) -> Result<(), Refusal> {
 /// Whether a received copy is being taken down.
 const fn is_leaving(stage: ReceivingStage) -> bool {
     use ReceivingStage as S;
-    matches!(stage, S::Aborting | S::Withdrawing | S::Discarding | S::Discarded)
+    matches!(stage, S::Aborting | S::Withdrawing | S::Discarding | S::Discarded | S::Returning)
 }
 
 pub(crate) fn not_failed(id: VolumeId, receiving: &Receiving) -> Result<(), Refusal> {

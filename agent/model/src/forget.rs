@@ -8,7 +8,7 @@
 //! it reads it no more.
 
 use crate::{
-    admit::{Admitted, Refusal, journal, not_failed},
+    admit::{Admitted, Refusal, journal, not_failed, not_remote},
     hydration,
     plan::Seen,
     volume::{Event, Fate, LentStage, Phase, Receiving, ReceivingStage, Record, Tombstone},
@@ -51,7 +51,8 @@ pub fn loses(record: &Record) -> bool {
 ///
 /// # Errors
 /// The volume did not come from anywhere, its source has not said that it is fenced,
-/// the source's data can still be read, or a third node reads through this one.
+/// the source's data can still be read, a third node reads through this one, or there
+/// is no copy here.
 pub fn may_forget(record: &Record, alive: bool) -> Result<(), Refusal> {
     use ReceivingStage as S;
     let Some(receiving) = record.receiving() else {
@@ -61,14 +62,20 @@ pub fn may_forget(record: &Record, alive: bool) -> Result<(), Refusal> {
             Some(_) | None => Err(Refusal::VolumeNotHydrating(record.id)),
         };
     };
+    // Nothing would be left: all of it is there.
+    not_remote(record)?;
     match receiving.stage {
         S::Allocating
+        | S::Linking
         | S::Zeroing
         | S::Assembling
         | S::Held
         | S::Refused
         | S::Switching
         | S::Aborting => Err(Refusal::SourceNotFenced(record.id)),
+        S::Remote | S::Localizing | S::Building | S::Clearing | S::Settling | S::Returning => {
+            Err(Refusal::VolumeMoving(record.id))
+        }
         S::Collapsing | S::Parting | S::Withdrawing | S::Discarding | S::Discarded => Ok(()),
         S::Hydrating if receiving.forgotten => Ok(()),
         // Fenced, but nothing of it is here yet.
@@ -81,7 +88,11 @@ pub fn may_forget(record: &Record, alive: bool) -> Result<(), Refusal> {
                     LentStage::Published | LentStage::Revoking => {
                         return Err(Refusal::VolumePublished { id, node });
                     }
-                    LentStage::Fencing | LentStage::Fenced => {
+                    LentStage::Fencing
+                    | LentStage::Fenced
+                    | LentStage::Yielding
+                    | LentStage::Serving
+                    | LentStage::Reclaiming => {
                         return Err(Refusal::VolumeFenced { id, node });
                     }
                     // The next holder has everything.

@@ -12,6 +12,7 @@
 //! elsewhere, build a clone once the journal says that everything is here, or
 //! put a writable handle over a clone before the source has answered.
 
+mod remote;
 mod seeding;
 
 use std::sync::Arc;
@@ -252,6 +253,10 @@ pub enum Step {
 pub enum Call {
     /// To the source: fence.
     Fence,
+    /// To the source: fence, and take what is written here.
+    Serve,
+    /// To the source: it is the volume again.
+    Return,
     /// To the source: let go.
     Release,
     /// To the source: withdraw the grant.
@@ -269,6 +274,8 @@ pub enum Wait {
     Map,
     /// Copying goes on in the kernel.
     Hydration,
+    /// Nothing but room for a copy, or the end of its use here.
+    Remote,
     /// The source does not answer.
     Source,
     /// Consumers, to rewrite what was lost with the source.
@@ -345,8 +352,18 @@ pub fn needs_source(record: &Record) -> bool {
     }
     let parting = record.lent().is_some_and(|lent| lent.stage == LentStage::Releasing);
     let in_use = record.receiving().is_some_and(|receiving| match receiving.stage {
-        S::Held | S::Switching | S::Refused | S::Hydrating => true,
-        S::Allocating
+        S::Held
+        | S::Switching
+        | S::Refused
+        | S::Hydrating
+        | S::Remote
+        | S::Localizing
+        | S::Building
+        | S::Clearing
+        | S::Settling => true,
+        S::Linking
+        | S::Returning
+        | S::Allocating
         | S::Zeroing
         | S::Assembling
         | S::Collapsing
@@ -361,8 +378,8 @@ pub fn needs_source(record: &Record) -> bool {
 
 /// Names of the LVs of a record, data first.
 pub fn lv_names(record: &Record) -> (String, String) {
-    let data = name::data_lv(record.id, record.generation, record.lineage.revision);
-    (data, name::meta_lv(record.id, record.generation))
+    let data = name::data_lv(record.id, record.made_in, record.lineage.revision);
+    (data, name::meta_lv(record.id, record.made_in))
 }
 
 /// Name of the data LV that a record's `Step::Allocate` makes.
@@ -381,7 +398,7 @@ pub fn made_lv(record: &Record) -> String {
 /// Name of the data LV so many replacements after the present one.
 fn replacement(record: &Record, by: i32) -> String {
     let revision = record.lineage.revision.saturating_add_signed(by);
-    name::data_lv(record.id, record.generation, revision)
+    name::data_lv(record.id, record.made_in, revision)
 }
 
 /// Name of a device of a record.
@@ -516,12 +533,16 @@ impl Plan<'_> {
                 LentStage::Published
                 | LentStage::Fencing
                 | LentStage::Fenced
-                | LentStage::Releasing => self.creating(),
+                | LentStage::Releasing
+                | LentStage::Yielding
+                | LentStage::Serving
+                | LentStage::Reclaiming => self.creating(),
             };
         }
         let data = match (&self.seen.data, lent.stage) {
             // What is on its way out may be half gone already.
             (_, LentStage::Releasing) => return self.releasing(lent),
+            (_, LentStage::Reclaiming) => return self.reclaiming(lent),
             (Some(data), _) => data,
             (None, _) => return Next::Wait(Wait::Pool),
         };
@@ -539,7 +560,10 @@ impl Plan<'_> {
     fn handed_over(&self, lent: &Lent, below: DevNo, export: Table) -> Option<Next> {
         match lent.stage {
             LentStage::Published => self.exported(lent, export),
-            LentStage::Fencing => Some(
+            LentStage::Fencing if lent.served_in.is_some_and(|boot| boot != self.seen.boot) => {
+                Some(Next::Journal(Event::Rebooted))
+            }
+            LentStage::Fencing | LentStage::Yielding => Some(
                 self.fenced_handle()
                     .or_else(|| self.exported(lent, export))
                     .unwrap_or(Next::DoThen(Step::Flush(below), Event::Fenced)),
@@ -548,7 +572,8 @@ impl Plan<'_> {
             LentStage::Revoking => {
                 Some(self.unexported(lent).unwrap_or(Next::Journal(Event::Revoked)))
             }
-            LentStage::Releasing => None,
+            LentStage::Serving => self.served(lent),
+            LentStage::Releasing | LentStage::Reclaiming => None,
         }
     }
 
@@ -616,6 +641,9 @@ impl Plan<'_> {
 
     fn receiving(&self, receiving: &Receiving) -> Next {
         use ReceivingStage as S;
+        if let Some(remote) = &receiving.remote {
+            return self.remote(receiving, remote);
+        }
         if let Some(failure) = &receiving.failure {
             return self.failed(failure);
         }
@@ -629,6 +657,14 @@ impl Plan<'_> {
                 self.dismantled(receiving).unwrap_or(Next::DoThen(Step::RetireAll, Event::Retired))
             }
             S::Discarded => Next::AskThenForget(Call::Release),
+            // Of a volume without a copy here only.
+            S::Linking
+            | S::Remote
+            | S::Localizing
+            | S::Building
+            | S::Clearing
+            | S::Settling
+            | S::Returning => Next::Wait(Wait::Operator),
             stage @ (S::Zeroing
             | S::Assembling
             | S::Held
@@ -813,7 +849,7 @@ impl Plan<'_> {
         if data.length < length || meta.length.bytes() < meta_bytes {
             return one(Step::Grow { to: length, meta: Some(meta_bytes) });
         }
-        let src = match self.src_built(receiving) {
+        let src = match self.src_built(receiving, false) {
             Ok(src) => src,
             Err(next) => return *next,
         };
@@ -834,34 +870,6 @@ impl Plan<'_> {
         Next::DoThen(Step::ZeroMeta(meta.device), Event::Zeroed)
     }
 
-    /// The way to the source, or what must be done first.
-    fn src_built(&self, receiving: &Receiving) -> Result<&Device, Box<Next>> {
-        let namespace = self.seen.import.namespace;
-        let source = match receiving.forgotten {
-            true => Target::Lost,
-            false => Target::Queue { path: namespace },
-        };
-        let wanted = Self::copied(receiving, source);
-        let Some(src) = &self.seen.src else {
-            return Err(Box::new(one(Step::Set(Role::Src, wanted))));
-        };
-        let path = match src.table.as_ref().map(|table| &table.target) {
-            Some(Target::Queue { path }) => *path,
-            _ => None,
-        };
-        let stays = match &src.table {
-            None => false,
-            Some(table) if receiving.forgotten => *table == wanted,
-            // A source that is away keeps the path it had: its requests wait there.
-            Some(_) if namespace.is_none() => true,
-            Some(table) => path == namespace && table.length >= receiving.length,
-        };
-        if !stays {
-            return Err(Box::new(one(Step::Set(Role::Src, wanted))));
-        }
-        Ok(src)
-    }
-
     /// The clone on its metadata, its destination and its source, refusing
     /// discards; or what must be done first.
     fn clone_built(
@@ -871,7 +879,45 @@ impl Plan<'_> {
         meta: &Lv,
         armed: bool,
     ) -> Result<&Device, Box<Next>> {
-        let src = self.src_built(receiving)?;
+        self.clone_over(receiving, data, meta, armed, false)
+    }
+
+    /// The way to the source, that takes writes or does not; or what must be done
+    /// first.
+    fn src_built(&self, receiving: &Receiving, writable: bool) -> Result<&Device, Box<Next>> {
+        let namespace = self.seen.import.namespace;
+        let source = match receiving.forgotten {
+            true => Target::Lost,
+            false => Self::way(namespace, writable),
+        };
+        let wanted = Self::copied(receiving, source);
+        let Some(src) = &self.seen.src else {
+            return Err(Box::new(one(Step::Set(Role::Src, wanted))));
+        };
+        let stays = match &src.table {
+            None => false,
+            Some(table) if receiving.forgotten => *table == wanted,
+            // A source that is away keeps the path it had, and takes what it took: its
+            // requests wait there.
+            Some(_) if namespace.is_none() => true,
+            Some(table) => table.target == wanted.target && table.length >= receiving.length,
+        };
+        if !stays {
+            return Err(Box::new(one(Step::Set(Role::Src, wanted))));
+        }
+        Ok(src)
+    }
+
+    /// As [`Plan::clone_built`], over a way to the source that takes writes or not.
+    fn clone_over(
+        &self,
+        receiving: &Receiving,
+        data: &Lv,
+        meta: &Lv,
+        armed: bool,
+        writable: bool,
+    ) -> Result<&Device, Box<Next>> {
+        let src = self.src_built(receiving, writable)?;
         let target = Target::Clone {
             meta: meta.device,
             dest: data.device,
@@ -949,7 +995,7 @@ impl Plan<'_> {
     /// Whether reads wait while the source is away.
     fn src_queues(&self) -> bool {
         let table = self.seen.src.as_ref().and_then(|src| src.table.as_ref());
-        table.is_some_and(|table| matches!(table.target, Target::Queue { .. }))
+        table.is_some_and(Table::is_queue)
     }
 
     fn hydrating(&self, receiving: &Receiving) -> Next {
@@ -1031,20 +1077,10 @@ impl Plan<'_> {
     }
 
     fn aborting(&self, receiving: &Receiving) -> Next {
-        // Reads that wait for a source would keep the seal from closing.
-        if let Some(next) = self.source_cut(receiving) {
-            return next;
-        }
-        let error = self.table(Target::Error);
-        let open = |device: &Option<Device>| {
-            device.as_ref().is_some_and(|device| device.table.as_ref() != Some(&error))
-        };
-        if open(&self.seen.clone) || open(&self.seen.handle) {
-            return one(Step::Seal(error));
-        }
-        self.dismantled(receiving)
+        self.sealed(receiving)
+            .or_else(|| self.dismantled(receiving))
             .or_else(|| self.handle_leaving())
-            .unwrap_or(Next::DoThen(Step::RetireAll, Event::Retired))
+            .unwrap_or_else(|| self.retired())
     }
 
     /// Nothing waits for the source any more, and nothing comes from it.

@@ -146,6 +146,18 @@ fn is_handle(uuid: &str, id: VolumeId) -> bool {
     handle_of(uuid) == Some(&format!("{DM_UUID_PREFIX}{id}"))
 }
 
+/// How often time passes before a late write lands by itself.
+const LATE: u8 = 3;
+
+#[derive(Debug, Clone)]
+struct Late {
+    node: usize,
+    nqn: String,
+    region: usize,
+    value: u64,
+    left: u8,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Imported {
     number: DevNo,
@@ -187,6 +199,12 @@ pub struct World {
     waiting: BTreeSet<(usize, String, usize)>,
     /// Copying begins while what was never written is being marked.
     pub careless: bool,
+    /// Writes of handles that wait for a source: node, the way to the source, region,
+    /// value.
+    sent: Vec<(usize, DevNo, usize, u64)>,
+    /// Writes that have left a node which has lost power since, and are done some time
+    /// later.
+    late: Vec<Late>,
     serial: u128,
 }
 
@@ -201,6 +219,8 @@ impl World {
             released: vec![],
             waiting: BTreeSet::new(),
             careless: false,
+            sent: Vec::new(),
+            late: Vec::new(),
             serial: 1,
         };
         for _ in 0..nodes {
@@ -227,6 +247,19 @@ impl World {
     pub fn power_cut(&mut self, node: usize) {
         let (boot, serial) = (self.unique(), self.serial);
         self.waiting.retain(|(at, ..)| *at != node);
+        let sent = std::mem::take(&mut self.sent);
+        for (at, src, region, value) in sent {
+            match self.export_behind(at, src) {
+                Some(nqn) if at == node => {
+                    self.late.push(Late { node, nqn, region, value, left: LATE });
+                }
+                _ if at != node => self.sent.push((at, src, region, value)),
+                _ => {}
+            }
+        }
+        // What waits in the memory of the node that had the export goes with it.
+        let lost: Vec<String> = self.nodes[node].exports.keys().cloned().collect();
+        self.late.retain(|late| !lost.contains(&late.nqn));
         let node = &mut self.nodes[node];
         node.boot = boot;
         node.mapped.clear();
@@ -318,8 +351,52 @@ impl World {
         outcome
     }
 
+    /// The export that the way to a source leads to.
+    fn export_behind(&self, node: usize, src: DevNo) -> Option<String> {
+        let live = self.mapped_by(node, src)?.1.live.as_ref()?;
+        let Target::WritableQueue { path: Some(path) } = live.target else { return None };
+        let imports = &self.nodes[node].imports;
+        imports.iter().find(|(_, import)| import.number == path).map(|(nqn, _)| nqn.clone())
+    }
+
+    /// Time passes: what waited for a source is done, if it can be.
+    pub fn pass(&mut self) {
+        for (node, src, region, value) in std::mem::take(&mut self.sent) {
+            match self.write(node, src, region, value) {
+                Io::Done(()) => self.released.push((node, region, value)),
+                Io::Waits => self.sent.push((node, src, region, value)),
+                Io::Failed => {}
+            }
+        }
+        self.late.iter_mut().for_each(|late| late.left = late.left.saturating_sub(1));
+        self.arrive(|late| late.left == 0);
+    }
+
+    /// Writes of nodes that have lost power are done, where the export is still there
+    /// and takes them.
+    fn arrive(&mut self, is_meant: impl Fn(&Late) -> bool) {
+        for late in std::mem::take(&mut self.late) {
+            let mut there = self.nodes.iter().enumerate();
+            let there = there.find_map(|(at, there)| Some((at, *there.exports.get(&late.nqn)?)));
+            if there.is_some() && !is_meant(&late) {
+                self.late.push(late);
+                continue;
+            }
+            let Some((at, exported)) = there else { continue };
+            if self.write(at, exported, late.region, late.value) == Io::Done(()) {
+                self.released.push((late.node, late.region, late.value));
+            }
+        }
+    }
+
     /// Whether a request that entered through the handle hangs below a device.
     fn hangs_below(&mut self, node: usize, number: DevNo) -> bool {
+        let above = self.sent.iter().any(|(at, src, ..)| {
+            *at == node && (*src == number || self.leads_to(node, number, *src))
+        });
+        if above {
+            return true;
+        }
         let mut waiting = std::mem::take(&mut self.waiting);
         waiting.retain(|(at, handle, region)| {
             let top = self.nodes[*at].mapped.get(handle);
@@ -339,6 +416,23 @@ impl World {
             }
             false
         })
+    }
+
+    /// Whoever waits for a write has the device open.
+    fn used(&self, node: usize, mut device: Device) -> Device {
+        let waits = self
+            .sent
+            .iter()
+            .any(|(at, src, ..)| *at == node && self.leads_to(node, device.number, *src));
+        device.open_count = device.open_count.max(u32::from(waits));
+        device
+    }
+
+    fn leads_to(&self, node: usize, from: DevNo, to: DevNo) -> bool {
+        let Some((_, mapped)) = self.mapped_by(node, from) else { return false };
+        // What a hold lets go of has not entered what is below it yet.
+        let below: Vec<DevNo> = mapped.live.iter().flat_map(Table::devices).collect();
+        below.iter().any(|below| *below == to || self.leads_to(node, *below, to))
     }
 
     /// Writes a region of the handle.
@@ -414,7 +508,8 @@ impl World {
     /// The handle of a volume, whatever its record says.
     pub fn handle(&self, node: usize, id: VolumeId) -> Option<Device> {
         let here = &self.nodes[node].mapped;
-        here.iter().find(|(uuid, _)| is_handle(uuid, id)).map(|(_, mapped)| mapped.seen())
+        let found = here.iter().find(|(uuid, _)| is_handle(uuid, id));
+        found.map(|(_, mapped)| self.used(node, mapped.seen()))
     }
 
     /// Names of all devices of a node but those that go with their last user.
@@ -499,20 +594,14 @@ impl World {
                 Target::Linear { device, .. }
                 | Target::Hold { device, .. }
                 | Target::ReadOnly { device, .. }
-                | Target::Queue { path: Some(device) },
+                | Target::Queue { path: Some(device) }
+                | Target::WritableQueue { path: Some(device) },
             ) => match self.read(node, *device, region) {
                 // What fails below a queue waits in it.
-                Io::Failed
-                    if matches!(
-                        mapped.live.as_ref().map(|t| &t.target),
-                        Some(Target::Queue { .. })
-                    ) =>
-                {
-                    Io::Waits
-                }
+                Io::Failed if mapped.live.as_ref().is_some_and(Table::is_queue) => Io::Waits,
                 io => io,
             },
-            Some(Target::Queue { path: None }) => Io::Waits,
+            Some(Target::Queue { path: None } | Target::WritableQueue { path: None }) => Io::Waits,
             Some(Target::Clone { dest, src, .. }) => {
                 self.read(node, if mapped.bits[region] { *dest } else { *src }, region)
             }
@@ -528,6 +617,16 @@ impl World {
                 lv.mapped[region] = true;
             }
             return Io::Done(());
+        }
+        let mut imports = self.nodes[node].imports.iter();
+        if let Some((nqn, import)) = imports.find(|(_, import)| import.number == number) {
+            if region as u64 * REGION.0 >= import.length.0 {
+                return Io::Failed;
+            }
+            return match self.reached(nqn) {
+                Some((there, exported)) => self.write(there, exported, region, value),
+                None => Io::Waits,
+            };
         }
         let Some((name, mapped)) = self.mapped_by(node, number) else { return Io::Failed };
         if mapped.suspended {
@@ -558,6 +657,19 @@ impl World {
                     mapped.bits[region] = true;
                 }
                 done
+            }
+            Some(Target::WritableQueue { path }) => {
+                // What fails below a queue waits in it.
+                let done = path.map_or(Io::Waits, |path| self.write(node, path, region, value));
+                match done {
+                    Io::Done(()) => Io::Done(()),
+                    Io::Waits | Io::Failed => {
+                        if !self.sent.contains(&(node, number, region, value)) {
+                            self.sent.push((node, number, region, value));
+                        }
+                        Io::Waits
+                    }
+                }
             }
             Some(
                 Target::Error
@@ -608,12 +720,14 @@ impl World {
             Target::Linear { device, .. }
             | Target::ReadOnly { device, .. }
             | Target::Hold { flush: device, .. } => self.flush(node, *device),
-            Target::Queue { path: Some(device) } => match self.flush(node, *device) {
-                // What fails below a queue waits in it.
-                Io::Failed => Io::Waits,
-                io => io,
-            },
-            Target::Queue { path: None } => Io::Waits,
+            Target::Queue { path: Some(device) } | Target::WritableQueue { path: Some(device) } => {
+                match self.flush(node, *device) {
+                    // What fails below a queue waits in it.
+                    Io::Failed => Io::Waits,
+                    io => io,
+                }
+            }
+            Target::Queue { path: None } | Target::WritableQueue { path: None } => Io::Waits,
             Target::Clone { meta, dest, .. } => {
                 self.commit_clone(node, number, *meta, *dest);
                 Io::Done(())
@@ -648,6 +762,7 @@ impl World {
 
     /// Lets every clone end the copy that it has begun, and begin another if it may.
     pub fn hydrate(&mut self) {
+        self.pass();
         for node in 0..self.nodes.len() {
             let all: Vec<String> = self.nodes[node].mapped.keys().cloned().collect();
             all.iter().for_each(|name| self.land(node, name));
@@ -790,6 +905,7 @@ impl World {
         };
         let device = |role| here.mapped.get(&plan::dm_name(record, role).uuid).map(Mapped::seen);
         let clone = here.mapped.get(&plan::dm_name(record, Role::Clone).uuid);
+        let top = device(Role::Handle).map(|handle| self.used(node, handle));
         let is_clone = |mapped: &&Mapped| {
             matches!(mapped.live, Some(Table { target: Target::Clone { .. }, .. }))
         };
@@ -816,7 +932,7 @@ impl World {
             boot: here.boot,
             data: lv(&data, record.data.as_ref()),
             meta: lv(&meta, receiving.and_then(|receiving| receiving.meta.as_ref())),
-            handle: device(Role::Handle),
+            handle: top,
             clone: device(Role::Clone),
             src: device(Role::Src),
             export: device(Role::Export),
@@ -995,6 +1111,8 @@ impl World {
             }
             Step::Unpublish { export, .. } => {
                 self.act()?;
+                // It waits for what is on its way.
+                self.arrive(|late| late.nqn == export.subsystem_nqn);
                 self.nodes[node].exports.remove(&export.subsystem_nqn);
             }
             Step::Connect(export) => {
@@ -1021,6 +1139,8 @@ impl World {
                     && let Some(table) = &mut src.live
                 {
                     table.target = Target::Foreign { kind: "multipath".to_owned() };
+                    let number = src.number;
+                    self.sent.retain(|(at, src, ..)| (*at, *src) != (node, number));
                 }
                 self.act()?;
                 self.nodes[node].imports.remove(&export.subsystem_nqn);
@@ -1146,8 +1266,7 @@ impl World {
             return Err(Fault::Refused(format!("{name} is absent")));
         };
         // A reload of the way to the source lets go of what it queued.
-        let is_queue = |table: &Table| matches!(table.target, Target::Queue { .. });
-        let (number, queues) = (mapped.number, mapped.live.as_ref().is_some_and(is_queue));
+        let (number, queues) = (mapped.number, mapped.live.as_ref().is_some_and(Table::is_queue));
         let swaps = mapped.inactive.is_some();
         if swaps && !queues && self.hangs_below(node, number) {
             self.let_go(node, name);
@@ -1157,6 +1276,12 @@ impl World {
             }
             return Err(Fault::Refused(format!("{name}: no end in sight")));
         }
+        // A suspended device has nothing on its way.
+        let exported: Vec<String> = (self.nodes[node].exports.iter())
+            .filter(|(_, exported)| **exported == number)
+            .map(|(nqn, _)| nqn.clone())
+            .collect();
+        self.arrive(|late| exported.contains(&late.nqn));
         if swaps {
             // A suspension waits for the copy that has begun.
             self.land(node, name);
@@ -1176,7 +1301,11 @@ impl World {
         self.act()?;
         let Some(mapped) = self.nodes[node].mapped.get(name) else { return Ok(()) };
         let exported = self.nodes[node].exports.values().any(|number| *number == mapped.number);
-        let busy = mapped.users > 0 || exported || self.stands_on(node, mapped.number);
+        let number = mapped.number;
+        let waits = self.sent.iter().any(|(at, src, ..)| {
+            *at == node && (*src == number || self.leads_to(node, number, *src))
+        });
+        let busy = mapped.users > 0 || exported || waits || self.stands_on(node, number);
         if !busy {
             self.land(node, name);
             self.nodes[node].mapped.remove(name);

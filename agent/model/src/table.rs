@@ -50,6 +50,12 @@ pub enum Target {
     /// like [`Target::Queue`], because a table of that kind gives way to none of
     /// another (`DM_TARGET_IMMUTABLE`, drivers/md/dm-mpath.c).
     Lost,
+    /// Like [`Target::Queue`], of a source that takes writes: loaded writable, which the
+    /// parameters do not tell.
+    WritableQueue {
+        /// The device below; none while the source is away.
+        path: Option<DevNo>,
+    },
     /// dm-clone, always made with hydration off, and never passing a discard down:
     /// one that reaches it says that a region is here, and must not take from the
     /// destination what was written there.
@@ -140,7 +146,7 @@ impl Target {
             Self::Error => "error",
             Self::Linear { .. } => "linear",
             Self::Hold { .. } | Self::ReadOnly { .. } => "delay",
-            Self::Queue { .. } | Self::Lost => "multipath",
+            Self::Queue { .. } | Self::WritableQueue { .. } | Self::Lost => "multipath",
             Self::Clone { .. } => "clone",
             Self::Foreign { kind } => kind,
         }
@@ -158,7 +164,7 @@ impl Target {
             Self::ReadOnly { device, offset } => {
                 format!("{device} {offset} 0 {refuser} 0 0 {device} {offset} 0")
             }
-            Self::Queue { path } => {
+            Self::Queue { path } | Self::WritableQueue { path } => {
                 let mut text = "3 queue_if_no_path queue_mode bio 0 ".to_owned();
                 match path {
                     None => text.push_str("0 0"),
@@ -221,7 +227,7 @@ impl Target {
             Self::Error | Self::Lost | Self::Foreign { .. } => Vec::new(),
             Self::Linear { device, .. } | Self::ReadOnly { device, .. } => vec![*device],
             Self::Hold { device, flush, .. } => vec![*device, *flush],
-            Self::Queue { path } => path.iter().copied().collect(),
+            Self::Queue { path } | Self::WritableQueue { path } => path.iter().copied().collect(),
             Self::Clone { meta, dest, src, .. } => vec![*meta, *dest, *src],
         }
     }

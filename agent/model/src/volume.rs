@@ -14,11 +14,24 @@
 //!                                            Withdrawing ─► gone           Parting ─► Local
 //!            Hydrating, Collapsing, Parting ─► Discarding ─► Discarded ─► gone
 //!
+//! Receiving without a copy of its own, where what is written goes to the source:
+//!
+//!            Linking ─┬► Held ─┬► Switching ─► Remote ─► Returning ─► gone
+//!               │     └► cold ─┘               │    ▲
+//!            Aborting                          ▼    └──────────────┐
+//!                                   Localizing ─► Building ─► Clearing
+//!                                                    ▼
+//!                                                 Settling ─► Hydrating
+//!
+//! Lent, to a borrower that keeps no copy: Published ─► Yielding ─► Serving ─┬► Fencing
+//!                                                       Local ◄─ Reclaiming ◄┘
+//!
 //! Relaying: a copy that is received and lent at once; each side goes its own way
 //!           until one of them ends (► Lent, ► Receiving) or both do (► gone).
-//! ```
+//!
 //! Local ► Reverting: Making ─► Retiring ─► Local, on the snapshot's content
 //!                       └────► Undoing ──► Local, as it was
+//! ```
 //!
 //! The record is the intent: it is written before anything is done, and
 //! [`crate::plan`] derives every action from it and from what is really there.
@@ -28,8 +41,10 @@
 mod lent;
 mod lineage;
 mod receiving;
+mod remote;
 #[cfg(test)]
 mod test;
+mod tombstone;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -38,6 +53,8 @@ pub use self::{
     lent::{Borrower, Lent, LentStage},
     lineage::{Lineage, Origin, Revert, RevertStage, Taken, Template},
     receiving::{Failure, Rebuild, Receiving, ReceivingStage, Source},
+    remote::Remote,
+    tombstone::{Fate, Tombstone},
 };
 
 use crate::{
@@ -55,7 +72,7 @@ pub struct Record {
     /// Chosen at creation and carried along: tells this volume from a later one
     /// with the same id.
     pub incarnation: Uuid,
-    /// Pool on this node.
+    /// Pool on this node; empty for a volume of which nothing is here.
     pub pool: String,
     /// Size of the volume.
     pub size: Sectors,
@@ -63,6 +80,10 @@ pub struct Record {
     pub logical_block_size: u32,
     /// Counts hand-overs of the right to write.
     pub generation: Generation,
+    /// The generation in which this copy came to be: its key in the journal, and part
+    /// of its logical volumes' names. A copy whose right to write went to a borrower
+    /// that kept none, and came back, has a later generation.
+    pub made_in: Generation,
     /// Whether a consumer on this node wants the handle.
     pub attached: bool,
     /// LVM's UUID of the data LV, once it exists.
@@ -154,6 +175,20 @@ pub enum Event {
     SourceFenced,
     /// The source answered that it will not fence under this grant.
     SourceRefused,
+    /// The source answered that it is fenced, and takes what is written here, in this
+    /// boot of this node.
+    SourceServes(Uuid),
+    /// The source has lost power since it was asked, before consumers were let in.
+    SessionLost,
+    /// A copy is to be made here.
+    LocalizeAsked {
+        /// The pool.
+        pool: String,
+        /// Region size of the copy.
+        region: Sectors,
+    },
+    /// The copy cannot be made.
+    LocalizeDropped,
     /// So many regions are here for good.
     Floor(u64),
     /// What the source never wrote counts as being here, and that is committed.
@@ -180,6 +215,18 @@ pub enum Event {
     Rebooted,
     /// The grant's holder asks for the fence.
     FenceAsked,
+    /// The grant's holder asks for the fence, and to be let write here.
+    ServeAsked {
+        /// Which time its consumers are let in.
+        session: u64,
+        /// The boot of this node in which they are.
+        boot: Uuid,
+    },
+    /// The volume goes back: at the borrower because nobody uses it there any more,
+    /// at the lender because the borrower says so.
+    ReturnAsked,
+    /// Nobody else can write any more, and everything is flushed, in this boot.
+    Reclaimed(Uuid),
     /// Nobody can write here and everything is flushed.
     Fenced,
     /// The grant is withdrawn.
@@ -279,10 +326,17 @@ impl Record {
             (Phase::Lent(lent), Event::Revoked) if lent.stage == LentStage::Revoking => {
                 self.phase = if self.lineage.passing { Phase::Deleting } else { Phase::Local };
             }
+            (Phase::Lent(lent), Event::Reclaimed(boot)) if lent.stage == LentStage::Reclaiming => {
+                // The borrower's was one more than this copy's.
+                self.generation = self.generation.next().next();
+                self.attached = false;
+                self.confirmed_in = Some(boot);
+                self.phase = Phase::Local;
+            }
             (Phase::Lent(lent), event) => {
-                lent.stage = lent.stage.after(&event).ok_or(illegal)?;
-                if lent.stage == LentStage::Fencing {
-                    // The fence tells the size; what has not grown by then does not.
+                lent.after(&event).ok_or(illegal)?;
+                if matches!(lent.stage, LentStage::Fencing | LentStage::Yielding) {
+                    // The answer tells the size; what has not grown by then does not.
                     self.growing = None;
                 }
             }
@@ -294,6 +348,26 @@ impl Record {
             (Phase::Receiving(receiving), event @ Event::SourceGrew(size)) => {
                 receiving.after(event).1.ok_or(illegal)?;
                 self.size = size;
+            }
+            (Phase::Receiving(receiving), Event::LocalizeAsked { pool, region })
+                if receiving.stage == ReceivingStage::Remote && receiving.failure.is_none() =>
+            {
+                receiving.stage = ReceivingStage::Localizing;
+                receiving.region = region;
+                self.pool = pool;
+            }
+            (Phase::Receiving(receiving), Event::Retired)
+                if matches!(
+                    receiving.stage,
+                    ReceivingStage::Clearing | ReceivingStage::Returning
+                ) =>
+            {
+                if receiving.stage == ReceivingStage::Clearing {
+                    receiving.stage = ReceivingStage::Remote;
+                }
+                receiving.meta = None;
+                self.data = None;
+                self.pool = String::new();
             }
             (Phase::Receiving(receiving), event) => {
                 let (data, done) = receiving.after(event);
@@ -322,8 +396,11 @@ impl Record {
                     | Event::RevokeAsked
                     | Event::Revoked
                     | Event::ReleaseAsked
+                    | Event::ServeAsked { .. }
+                    | Event::ReturnAsked
+                    | Event::Reclaimed(_)
                     | Event::DeleteAsked => {
-                        lent.stage = lent.stage.after(&event).ok_or(illegal)?;
+                        lent.after(&event).ok_or(illegal)?;
                         if lent.stage == LentStage::Fencing {
                             self.growing = None;
                         }
@@ -413,53 +490,4 @@ impl Record {
     pub fn is_confirmed(&self, boot: Uuid) -> bool {
         self.lent_before.is_none() || self.confirmed_in == Some(boot)
     }
-
-    /// What is left in the journal when the record goes.
-    pub fn epitaphs(&self) -> Vec<Tombstone> {
-        let stone =
-            |grant, fate| Tombstone { volume: self.id, incarnation: self.incarnation, grant, fate };
-        let arrival = match &self.phase {
-            Phase::Receiving(receiving) if !receiving.stage.is_taken() => {
-                Some(stone(receiving.source.grant, Fate::Aborted))
-            }
-            Phase::Receiving(_)
-            | Phase::Creating
-            | Phase::Local
-            | Phase::Lent(_)
-            | Phase::Relaying(_)
-            | Phase::Reverting(_)
-            | Phase::Deleting => self.came_by.map(|grant| stone(grant, Fate::Taken)),
-        };
-        let departure = self.lent().map(|lent| stone(lent.to.grant, Fate::Released));
-        arrival.into_iter().chain(departure).collect()
-    }
-}
-
-/// What became of a grant whose record is gone. Kept for ever: a delayed call
-/// may come at any time, and clocks prove nothing.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Tombstone {
-    /// The volume.
-    pub volume: VolumeId,
-    /// Which volume of that id.
-    pub incarnation: Uuid,
-    /// The grant.
-    pub grant: Uuid,
-    /// How it ended on this node.
-    pub fate: Fate,
-}
-
-/// How a grant ended on a node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Fate {
-    /// This node was the source and has let go.
-    Released,
-    /// This node was the source and withdrew the grant.
-    Revoked,
-    /// This node was the destination and gave up unwritten.
-    Aborted,
-    /// This node was the destination and took the volume; it has gone on since.
-    Taken,
 }

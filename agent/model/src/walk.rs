@@ -26,6 +26,8 @@ use crate::{
     plan::{self, Call, Next, Wait},
     seeding::{AllocationMap, SourceMap},
     sim::{FOREIGN, Fault, Io, REGION_BYTES, REGIONS, World},
+    table::Target,
+    units::Sectors,
     volume::{
         Borrower, Event, ExportName, Fate, LentStage, Phase, ReceivingStage, Record, Source,
         Tombstone,
@@ -95,6 +97,9 @@ struct Cluster {
     size: usize,
     /// Where the last write was acknowledged.
     writer: Option<usize>,
+    /// A node whose consumers had written, and not flushed, what a power cut elsewhere
+    /// may have taken, and have not been stopped.
+    deceived: Option<usize>,
     value: u64,
     lose_answers: bool,
     /// Nodes on which a guest writes all the time.
@@ -116,9 +121,11 @@ struct Cluster {
 /// A call from one agent to another.
 #[derive(Debug, Clone)]
 enum Message {
-    Fence(VolumeId, Claim, bool),
-    Release(VolumeId, Claim),
+    Fence(Claim, bool),
+    Release(Claim),
     Revoke(Uuid),
+    Serve(Claim, bool),
+    Return(Claim),
 }
 
 fn name(node: usize) -> String {
@@ -144,6 +151,7 @@ impl Cluster {
             deleted: false,
             size: SMALL,
             writer: None,
+            deceived: None,
             value: 0,
             lose_answers: false,
             running: [false; NODES],
@@ -163,7 +171,7 @@ impl Cluster {
     /// The copy that calls which name no generation mean.
     fn newest_at(&self, node: usize) -> Option<At> {
         let record = self.journals[node].newest(self.id)?;
-        Some(At { node, id: self.id, generation: record.generation.0 })
+        Some(At { node, id: self.id, generation: record.made_in.0 })
     }
 
     /// The journal: it does not fail, but it may be the last thing to do.
@@ -176,23 +184,16 @@ impl Cluster {
 
     fn put(&mut self, node: usize, record: Record) -> Result<(), Stop> {
         self.write_down(node)?;
-        self.journals[node].copies.insert((record.id, record.generation.0), record);
+        self.journals[node].copies.insert((record.id, record.made_in.0), record);
         Ok(())
     }
 
     fn journal(&mut self, at: At, event: Event) -> Result<(), Stop> {
         let record = self.record(at).unwrap();
-        if event == Event::Revoked {
-            let lent = record.lent().unwrap();
-            let stone = Tombstone {
-                volume: record.id,
-                incarnation: record.incarnation,
-                grant: lent.to.grant,
-                fate: Fate::Revoked,
-            };
+        if let Some(stone) = record.stone_of(&event) {
             self.journals[at.node].stones.insert(stone.grant, stone);
         }
-        let fenced = event == Event::Fenced && at.id == self.id;
+        let fenced = matches!(event, Event::Fenced | Event::Reclaimed(_)) && at.id == self.id;
         let reverted = self.reverted(at, &record, &event);
         let after = record.after(event).expect("the planner names possible events only");
         self.put(at.node, after)?;
@@ -250,14 +251,16 @@ impl Cluster {
     /// What a swap let through was acknowledged.
     fn hear(&mut self) {
         for (node, region, value) in std::mem::take(&mut self.world.released) {
-            let at = self.newest_at(node).unwrap();
+            let at = self.newest_at(node);
+            let at = at.expect("a late write under an old generation was done");
             self.acknowledged(at, region, value);
         }
     }
 
     fn acknowledged(&mut self, at: At, region: usize, value: u64) {
-        assert!(at.generation >= self.newest, "a write under an old generation was acknowledged");
-        self.newest = at.generation;
+        let generation = self.record(at).unwrap().generation.0;
+        assert!(generation >= self.newest, "a write under an old generation was acknowledged");
+        self.newest = generation;
         self.writer = Some(at.node);
         let known = &mut self.known[region];
         known.cut = false;
@@ -333,9 +336,23 @@ impl Cluster {
                 Next::Journal(event) => self.journal(at, event)?,
                 Next::Ask(call) => {
                     let event = self.ask(at, &record, call)?;
+                    if record.clone().after(event.clone()).as_ref() == Ok(&record) {
+                        return Ok(());
+                    }
                     self.journal(at, event)?;
                 }
                 Next::AskForMap => self.ask_for_map(at),
+                Next::AskThenForget(Call::Return) => {
+                    let claim = Self::claim(&record);
+                    let source = record.receiving().unwrap().source.node.clone();
+                    self.sent.push((number(&source), Message::Return(claim.clone())));
+                    let answer =
+                        self.call(node, &source, |cluster, there| cluster.reclaim(there, &claim))?;
+                    if let Err(refusal) = answer {
+                        panic!("the source does not take it back: {refusal}");
+                    }
+                    self.forget(at)?;
+                }
                 Next::AskThenForget(Call::Release) => {
                     self.release(node, &record)?;
                     self.forget(at)?;
@@ -397,6 +414,10 @@ impl Cluster {
             grant: source.grant,
             incarnation: record.incarnation,
             generation: source.generation,
+            session: record
+                .receiving()
+                .and_then(|receiving| receiving.remote.as_ref())
+                .map_or(0, |remote| remote.session),
         }
     }
 
@@ -405,7 +426,7 @@ impl Cluster {
     }
 
     fn ask(&mut self, at: At, record: &Record, call: Call) -> Result<Event, Stop> {
-        let (node, id) = (at.node, at.id);
+        let node = at.node;
         match call {
             Call::QueryGrant => {
                 let borrower = record.lent_before.clone().unwrap();
@@ -422,14 +443,10 @@ impl Cluster {
                 let claim = Self::claim(record);
                 let receiving = record.receiving().unwrap();
                 let (source, forced) = (receiving.source.node.clone(), receiving.forced);
-                self.sent.push((number(&source), Message::Fence(id, claim.clone(), forced)));
+                self.sent.push((number(&source), Message::Fence(claim.clone(), forced)));
                 let answer = self.call(node, &source, |cluster, there| {
-                    cluster.fence(there, id, &claim, forced)?;
-                    let at = At { node: there, id, generation: claim.generation.0 };
-                    cluster
-                        .record(at)
-                        .map(|record| record.size)
-                        .ok_or_else(|| Stop::Stuck("the source is gone".into()))
+                    cluster.fence(there, &claim, forced)?;
+                    cluster.size_under(there, claim.grant)
                 })?;
                 let length = receiving.length;
                 match answer {
@@ -443,6 +460,32 @@ impl Cluster {
                         Ok(Event::SourceFenced)
                     }
                     Err(refusal @ Refusal::SourceActive(_)) => Err(Stop::Refused(refusal)),
+                    Err(Refusal::SessionStale(_)) => Ok(self.source_lost_power(node, record)),
+                    Err(refusal) => {
+                        self.journal(at, Event::SourceRefused)?;
+                        Err(Stop::Stuck(refusal.to_string()))
+                    }
+                }
+            }
+            Call::Serve => {
+                let claim = Self::claim(record);
+                let receiving = record.receiving().unwrap();
+                let (source, forced) = (receiving.source.node.clone(), receiving.forced);
+                self.sent.push((number(&source), Message::Serve(claim.clone(), forced)));
+                let answer = self.call(node, &source, |cluster, there| {
+                    cluster.serve(there, &claim, forced)?;
+                    cluster.size_under(there, claim.grant)
+                })?;
+                let length = receiving.length;
+                match answer {
+                    Ok(size)
+                        if size > length && self.sabotage != Some(Sabotage::ForgetsTheGrowth) =>
+                    {
+                        Ok(Event::SourceGrew(size))
+                    }
+                    Ok(_) => Ok(Event::SourceServes(self.world.nodes[node].boot)),
+                    Err(refusal @ Refusal::SourceActive(_)) => Err(Stop::Refused(refusal)),
+                    Err(Refusal::SessionStale(_)) => Ok(self.source_lost_power(node, record)),
                     Err(refusal) => {
                         self.journal(at, Event::SourceRefused)?;
                         Err(Stop::Stuck(refusal.to_string()))
@@ -450,24 +493,84 @@ impl Cluster {
                 }
             }
             Call::Release => self.release(node, record).map(|()| Event::SourceReleased),
-            Call::Revoke => unreachable!("not asked this way"),
+            Call::Return | Call::Revoke => unreachable!("not asked this way"),
         }
+    }
+
+    fn release(&mut self, node: usize, record: &Record) -> Result<(), Stop> {
+        let claim = Self::claim(record);
+        let source = record.receiving().unwrap().source.node.clone();
+        self.sent.push((number(&source), Message::Release(claim.clone())));
+        let answer =
+            self.call(node, &source, |cluster, there| cluster.told_to_release(there, &claim))?;
+        match answer {
+            Ok(()) | Err(Refusal::GrantUnknown(_) | Refusal::VolumeNotFound(_)) => Ok(()),
+            Err(refusal) => panic!("the source refuses to let go: {refusal}"),
+        }
+    }
+
+    fn source_lost_power(&self, node: usize, record: &Record) -> Event {
+        if self.sabotage == Some(Sabotage::GoesOnWithoutItsSource) {
+            return Event::SessionLost;
+        }
+        record.source_lost_power(self.world.nodes[node].boot)
+    }
+
+    /// Asks what is lent by a grant; the copy may have another generation by now.
+    fn of_grant(
+        &mut self,
+        node: usize,
+        claim: &Claim,
+        admit: impl FnOnce(&Record) -> Result<Admitted, Refusal>,
+    ) -> Result<(), Stop> {
+        let at = self.lent_under(node, claim.grant)?;
+        self.request(at, |record| admit(known(record, at.id)?))
+    }
+
+    fn lent_under(&self, node: usize, grant: Uuid) -> Result<At, Stop> {
+        let lent_under = |r: &&Record| r.lent().is_some_and(|l| l.to.grant == grant);
+        let found = self.journals[node].copies.values().find(lent_under);
+        let at = found.map(|record| At { node, id: record.id, generation: record.made_in.0 });
+        at.ok_or(Stop::Refused(Refusal::GrantUnknown(grant)))
+    }
+
+    fn size_under(&self, node: usize, grant: Uuid) -> Result<Sectors, Stop> {
+        let at = self.lent_under(node, grant)?;
+        self.record(at).map(|record| record.size).ok_or(Stop::Stuck("the source is gone".into()))
+    }
+
+    /// What follows from it is the source's own business.
+    fn told_to_release(&mut self, node: usize, claim: &Claim) -> Result<(), Stop> {
+        if self.journals[node].stones.contains_key(&claim.grant) {
+            return Ok(());
+        }
+        let at = self.lent_under(node, claim.grant)?;
+        self.admit(at, |record| admit::release(known(record, at.id)?, claim)).map(drop)
+    }
+
+    fn fence(&mut self, node: usize, claim: &Claim, forced: bool) -> Result<(), Stop> {
+        self.close(node, claim, forced, LentStage::Fenced, admit::fence)
+    }
+
+    fn serve(&mut self, node: usize, claim: &Claim, forced: bool) -> Result<(), Stop> {
+        self.close(node, claim, forced, LentStage::Serving, admit::serve)
     }
 
     /// At the source. A guest that runs there must not be cut off unless somebody has
     /// said so.
-    fn fence(
+    fn close(
         &mut self,
         node: usize,
-        id: VolumeId,
         claim: &Claim,
         forced: bool,
+        stage: LentStage,
+        admit: impl FnOnce(&Record, &Claim, Evidence, Uuid) -> Result<Admitted, Refusal>,
     ) -> Result<(), Stop> {
-        let at = At { node, id, generation: claim.generation.0 };
+        let (at, boot) = (self.lent_under(node, claim.grant)?, self.world.nodes[node].boot);
         let is_open = |record: &Record| {
             record.lent().is_some_and(|lent| lent.hold && lent.stage == LentStage::Published)
         };
-        let runs = id == self.id
+        let runs = at.id == self.id
             && self.running[node]
             && self.record(at).is_some_and(|r| is_open(&r) && self.world.has_handle(node, &r));
         let evidence = match runs && self.sabotage != Some(Sabotage::CutsOffTheGuest) {
@@ -475,27 +578,28 @@ impl Cluster {
             true => Evidence::Writing,
             false => Evidence::Quiet,
         };
-        self.admit(at, |record| admit::fence(known(record, id)?, claim, evidence))?;
+        self.admit(at, |record| admit(known(record, at.id)?, claim, evidence, boot))?;
         assert!(forced || !runs, "a guest that was running was cut off");
-        self.converge(at)
+        self.converge(at)?;
+        self.is_at(node, claim, stage)
     }
 
-    fn release(&mut self, node: usize, record: &Record) -> Result<(), Stop> {
-        let (id, claim) = (record.id, Self::claim(record));
-        let source = record.receiving().unwrap().source.node.clone();
-        self.sent.push((number(&source), Message::Release(id, claim.clone())));
-        let answer = self.call(node, &source, |cluster, there| {
-            if cluster.journals[there].stones.contains_key(&claim.grant) {
-                return Ok(());
-            }
-            let at = At { node: there, id, generation: claim.generation.0 };
-            // What follows from it is the source's own business.
-            cluster.admit(at, |record| admit::release(known(record, id)?, &claim)).map(drop)
-        })?;
-        match answer {
-            Ok(()) | Err(Refusal::GrantUnknown(_) | Refusal::VolumeNotFound(_)) => Ok(()),
-            Err(refusal) => panic!("the source refuses to let go: {refusal}"),
+    /// The answer is the deed.
+    fn is_at(&self, node: usize, claim: &Claim, stage: LentStage) -> Result<(), Stop> {
+        let mut lent = self.journals[node].copies.values().filter_map(Record::lent);
+        match lent.find(|lent| lent.to.grant == claim.grant) {
+            Some(lent) if lent.stage == stage => Ok(()),
+            lent => Err(Stop::Stuck(format!("not {stage:?}: {lent:?}"))),
         }
+    }
+
+    fn reclaim(&mut self, node: usize, claim: &Claim) -> Result<(), Stop> {
+        let stone = self.journals[node].stones.get(&claim.grant);
+        if stone.is_some_and(|stone| stone.fate == Fate::Returned) {
+            return Ok(());
+        }
+        let boot = self.world.nodes[node].boot;
+        self.of_grant(node, claim, |record| admit::reclaim(record, claim, boot))
     }
 
     /// A call arrives once more, however late; nobody waits for its answer.
@@ -504,14 +608,10 @@ impl Cluster {
             return Ok(());
         };
         match message {
-            Message::Fence(id, claim, forced) => self.fence(there, id, &claim, forced),
-            Message::Release(id, claim) => {
-                if self.journals[there].stones.contains_key(&claim.grant) {
-                    return Ok(());
-                }
-                let at = At { node: there, id, generation: claim.generation.0 };
-                self.admit(at, |record| admit::release(known(record, id)?, &claim)).map(drop)
-            }
+            Message::Fence(claim, forced) => self.fence(there, &claim, forced),
+            Message::Serve(claim, forced) => self.serve(there, &claim, forced),
+            Message::Return(claim) => self.reclaim(there, &claim),
+            Message::Release(claim) => self.told_to_release(there, &claim),
             Message::Revoke(grant) => self.revoke(there, grant),
         }
     }
@@ -520,12 +620,8 @@ impl Cluster {
         if self.journals[node].stones.contains_key(&grant) {
             return Ok(());
         }
-        let lent_under = |record: &&Record| record.lent().is_some_and(|l| l.to.grant == grant);
-        let found = self.journals[node].copies.values().find(lent_under);
-        let Some((id, generation)) = found.map(|record| (record.id, record.generation.0)) else {
-            return Err(Stop::Refused(Refusal::GrantUnknown(grant)));
-        };
-        self.request(At { node, id, generation }, |record| admit::revoke(known(record, id)?, grant))
+        let at = self.lent_under(node, grant)?;
+        self.request(at, |record| admit::revoke(known(record, at.id)?, grant))
     }
 
     fn request(
@@ -712,6 +808,16 @@ impl Cluster {
     }
 
     fn begin_move(&mut self, from: usize, to: usize, hold: bool) -> Result<(), Stop> {
+        self.begin_move_to(from, to, hold, false)
+    }
+
+    fn begin_move_to(
+        &mut self,
+        from: usize,
+        to: usize,
+        hold: bool,
+        remote: bool,
+    ) -> Result<(), Stop> {
         let (id, boot) = (self.id, self.world.nodes[from].boot);
         let grant = self.world.unique();
         let export = ExportName {
@@ -737,12 +843,18 @@ impl Cluster {
             Event::RevokeAsked,
         )?;
         let record = self.record(source).unwrap();
-        self.receive(from, to, &record)
+        self.receive(from, to, &record, remote)
     }
 
     /// The second half of a move: the destination receives what the source has
     /// granted.
-    fn receive(&mut self, from: usize, to: usize, record: &Record) -> Result<(), Stop> {
+    fn receive(
+        &mut self,
+        from: usize,
+        to: usize,
+        record: &Record,
+        remote: bool,
+    ) -> Result<(), Stop> {
         let id = record.id;
         let lent = record.lent().unwrap();
         let grant = lent.to.grant;
@@ -766,13 +878,16 @@ impl Cluster {
         };
         let handle = self.world.handle(to, id);
         let at = At { node: to, id, generation: record.generation.next().0 };
-        let elder =
-            self.journals[to].newest(id).filter(|r| r.generation.0 != at.generation).cloned();
+        let elder = self.journals[to].newest(id).filter(|r| r.made_in.0 != at.generation).cloned();
         let outcome = self.undoable(
             at,
             |record| {
                 let room = Self::room();
                 let (elder, handle) = (elder.as_ref(), handle.as_ref());
+                if remote {
+                    let to = name(to);
+                    return admit::receive_remote(record, elder, offer, true, handle, &to, None);
+                }
                 admit::receive(record, elder, offer, &room, handle, &name(to), None)
             },
             Event::AbortAsked,
@@ -784,6 +899,16 @@ impl Cluster {
             let _ = self.revoke(from, grant);
         }
         outcome
+    }
+
+    fn localize(&mut self, node: usize) -> Result<(), Stop> {
+        let id = self.id;
+        let at = self.newest_at(node).unwrap_or(At { node, id, generation: 1 });
+        self.undoable(
+            at,
+            |record| admit::localize(known(record, id)?, &Self::room(), None),
+            Event::LocalizeDropped,
+        )
     }
 
     fn switch(&mut self, node: usize, force: bool) -> Result<(), Stop> {
@@ -818,6 +943,11 @@ impl Cluster {
             Some(_) | None => self.world.flush_handle(node, &record),
         };
         if outcome == Io::Done(()) {
+            assert_ne!(
+                self.deceived,
+                Some(node),
+                "a flush was acknowledged of what a power cut had taken"
+            );
             self.all_is_stable();
         }
     }
@@ -849,11 +979,31 @@ impl Cluster {
         self.running[node] = false;
         self.world.power_cut(node);
         self.forget_maps(node);
-        // What was acknowledged elsewhere is not in this node's caches.
-        let writes_here = self.writer == Some(node);
+        if self.deceived == Some(node) {
+            self.deceived = None;
+        }
+        // What was acknowledged elsewhere is not in this node's caches, unless it was
+        // written here from there.
+        let Some(writer) = self.writer else { return };
+        let there = self.journals[writer].newest(self.id).and_then(Record::written_at).map(number);
+        let writes_here = there.unwrap_or(writer) == node;
         for known in &mut self.known {
             let written = known.since_flush.len() + usize::from(known.lost);
-            known.cut |= writes_here && written > 1;
+            let lost = writes_here && written > 1;
+            known.cut |= lost;
+            if lost && writer != node {
+                self.deceived = Some(writer);
+            }
+        }
+    }
+
+    /// Whoever has no device any more, or one that fails everything, has been stopped.
+    fn stopped(&mut self) {
+        let Some(node) = self.deceived else { return };
+        let fails =
+            |handle: plan::Device| handle.table.is_some_and(|table| table.target == Target::Error);
+        if self.handle(node).is_none_or(fails) {
+            self.deceived = None;
         }
     }
 
@@ -882,6 +1032,8 @@ impl Cluster {
             Op::Attach(node, named) => self.attach(node, named),
             Op::Detach(node) => self.detach(node),
             Op::Move(from, to, hold) => self.begin_move(from, to, hold),
+            Op::Borrow(from, to, hold) => self.begin_move_to(from, to, hold, true),
+            Op::Localize(node) => self.localize(node),
             Op::Switch(node, force) => self.switch(node, force),
             Op::Abort(node) => self.abort(node),
             Op::Guest(node, runs) => {
@@ -903,6 +1055,7 @@ impl Cluster {
             }
             Op::Hydrate => {
                 self.world.hydrate();
+                self.hear();
                 Ok(())
             }
             Op::Fuse(actions) => {
@@ -945,6 +1098,7 @@ impl Cluster {
             self.world.fuse = None;
             self.forget_maps(node);
         }
+        self.stopped();
     }
 
     /// The nodes that have a copy.
@@ -967,6 +1121,14 @@ impl Cluster {
                         let _ = self.switch(node, false);
                         let _ = self.abort(node);
                     }
+                    // What is elsewhere comes here, or stops being used.
+                    let failed = record.receiving().is_some_and(|r| r.failure.is_some());
+                    if round > 30 && record.written_at().is_some() {
+                        let _ = match failed || round > 55 {
+                            true => self.detach(node),
+                            false => self.localize(node),
+                        };
+                    }
                     // A grant that nobody has received.
                     if round > 50
                         && let Some(lent) = record.lent()
@@ -987,6 +1149,8 @@ impl Cluster {
                 }
             }
             self.world.hydrate();
+            self.hear();
+            self.stopped();
         }
     }
 
@@ -1052,6 +1216,8 @@ enum Op {
     Attach(usize, bool),
     Detach(usize),
     Move(usize, usize, bool),
+    Borrow(usize, usize, bool),
+    Localize(usize),
     Switch(usize, bool),
     Abort(usize),
     Guest(usize, bool),
@@ -1088,7 +1254,9 @@ fn any_op() -> impl Strategy<Value = Op> {
         2 => (node.clone(), SMALL..=REGIONS).prop_map(|(node, to)| Op::Extend(node, to)),
         4 => (node.clone(), any::<bool>()).prop_map(|(node, named)| Op::Attach(node, named)),
         2 => node.clone().prop_map(Op::Detach),
-        6 => (way, any::<bool>()).prop_map(|((from, to), hold)| Op::Move(from, to, hold)),
+        6 => (way.clone(), any::<bool>()).prop_map(|((from, to), hold)| Op::Move(from, to, hold)),
+        3 => (way, any::<bool>()).prop_map(|((from, to), hold)| Op::Borrow(from, to, hold)),
+        1 => node.clone().prop_map(Op::Localize),
         4 => (node.clone(), prop::bool::weighted(0.2))
             .prop_map(|(node, force)| Op::Switch(node, force)),
         2 => (node.clone(), any::<bool>()).prop_map(|(node, runs)| Op::Guest(node, runs)),
@@ -1170,6 +1338,111 @@ fn the_story_ends_well_wherever_the_process_dies() {
     }
 }
 
+/// A volume is used elsewhere without a copy, comes home, goes out again, and is
+/// copied there in the end.
+fn remote_story(cluster: &mut Cluster) -> Result<(), Stop> {
+    cluster.create(0)?;
+    cluster.attach(0, false)?;
+    for region in 0..SMALL {
+        cluster.write(0, region);
+    }
+    cluster.flush(0);
+    for homeward in [true, false] {
+        cluster.begin_move_to(0, 1, true, true)?;
+        cluster.read(1, 0);
+        cluster.write(0, 1);
+        cluster.write(1, 0);
+        cluster.switch(1, false)?;
+        cluster.write(1, 1);
+        cluster.read(1, 0);
+        cluster.flush(1);
+        if homeward {
+            cluster.detach(0)?;
+            cluster.detach(1)?;
+            cluster.attach(0, true)?;
+            cluster.read(0, 1);
+            cluster.write(0, 0);
+        }
+    }
+    cluster.localize(1)?;
+    cluster.write(1, 0);
+    cluster.read(1, 1);
+    cluster.flush(1);
+    for _ in 0..=REGIONS {
+        cluster.world.hydrate();
+        cluster.converge_all(1)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_volume_is_used_elsewhere_and_ends_well_wherever_the_process_dies() {
+    for power_too in [false, true] {
+        for actions in 0.. {
+            let mut cluster = Cluster::new();
+            cluster.world.fuse = Some(actions);
+            let outcome = remote_story(&mut cluster);
+            cluster.world.fuse = None;
+            if let Err(Stop::Crash(node)) = outcome {
+                if power_too {
+                    cluster.power_cut(node);
+                }
+                cluster.heal();
+                cluster.judge();
+                continue;
+            }
+            assert_eq!(outcome, Ok(()));
+            cluster.converge_all(0).unwrap();
+            assert!(actions > 80, "the story has too few actions to be the story");
+            cluster.judge();
+            break;
+        }
+    }
+}
+
+#[test]
+fn consumers_are_stopped_whose_source_lost_power_under_them() {
+    let mut cluster = Cluster::new();
+    cluster.create(0).unwrap();
+    cluster.attach(0, false).unwrap();
+    cluster.begin_move_to(0, 1, true, true).unwrap();
+    cluster.switch(1, false).unwrap();
+    cluster.write(1, 0);
+    cluster.power_cut(0);
+    cluster.converge_all(0).unwrap();
+    let copy = cluster.journals[1].newest(cluster.id).cloned().unwrap();
+    assert_eq!(cluster.world.flush_handle(1, &copy), Io::Waits, "nobody answers unasked");
+    cluster.converge_all(1).unwrap();
+    let failed = cluster.journals[1].newest(cluster.id).cloned().unwrap();
+    assert!(failed.receiving().unwrap().failure.is_some());
+    assert_eq!(cluster.world.flush_handle(1, &copy), Io::Failed);
+    // Whoever used it is gone with the device, and the volume goes home.
+    cluster.detach(1).unwrap();
+    assert!(cluster.journals[1].copies.is_empty() && cluster.world.is_clean(1));
+    cluster.converge_all(0).unwrap();
+    cluster.attach(0, true).unwrap();
+    cluster.read(0, 0);
+}
+
+#[test]
+fn a_cable_that_was_pulled_stops_nobody() {
+    let mut cluster = Cluster::new();
+    cluster.create(0).unwrap();
+    cluster.attach(0, false).unwrap();
+    cluster.begin_move_to(0, 1, true, true).unwrap();
+    cluster.switch(1, false).unwrap();
+    cluster.world.network = false;
+    cluster.write(1, 0);
+    assert!(matches!(cluster.converge_all(1), Err(Stop::Stuck(_))));
+    cluster.world.network = true;
+    cluster.world.pass();
+    cluster.hear();
+    assert_eq!(cluster.known[0].since_flush.len(), 2, "what waited was done");
+    cluster.converge_all(1).unwrap();
+    cluster.read(1, 0);
+    cluster.flush(1);
+}
+
 #[test]
 fn a_source_that_was_fenced_stays_closed_when_it_boots() {
     let mut cluster = Cluster::new();
@@ -1225,6 +1498,106 @@ fn a_read_that_waits_for_a_lost_source_does_not_keep_an_abort_from_ending() {
     cluster.world.network = true;
     cluster.converge_all(1).unwrap();
     assert!(cluster.journals[1].copies.is_empty() && cluster.world.is_clean(1));
+}
+
+/// A read waits for a source that has lost power, and keeps the handle from being opened;
+/// the source waits to be asked.
+#[test]
+fn a_handle_that_cannot_be_opened_keeps_nobody_from_asking() {
+    let mut cluster = Cluster::new();
+    cluster.create(0).unwrap();
+    cluster.attach(0, false).unwrap();
+    cluster.begin_move_to(0, 1, true, true).unwrap();
+    cluster.power_cut(1);
+    cluster.power_cut(0);
+    // Its handle is there again, and no way to the source.
+    let _ = cluster.converge_all(1);
+    let copy = cluster.journals[1].newest(cluster.id).cloned().unwrap();
+    assert_eq!(cluster.world.read_handle(1, &copy, 0), Io::Waits);
+    cluster.write(1, 1);
+    let _ = cluster.converge_all(1);
+    cluster.power_cut(0);
+    cluster.heal();
+    cluster.judge();
+}
+
+/// The same while a copy is about to begin.
+#[test]
+fn a_handle_that_cannot_be_held_keeps_nobody_from_asking() {
+    let mut met = 0;
+    for actions in 0..40 {
+        let mut cluster = Cluster::new();
+        cluster.create(0).unwrap();
+        cluster.attach(0, false).unwrap();
+        cluster.begin_move_to(0, 1, true, true).unwrap();
+        cluster.switch(1, false).unwrap();
+        cluster.world.fuse = Some(actions);
+        let _ = cluster.localize(1);
+        cluster.world.fuse = None;
+        let copy = cluster.journals[1].newest(cluster.id).cloned().unwrap();
+        let settling = copy.receiving().is_some_and(|r| r.stage == ReceivingStage::Settling);
+        met += u32::from(settling && !cluster.world.holds(1, &copy));
+        cluster.world.network = false;
+        cluster.write(1, 0);
+        cluster.power_cut(0);
+        cluster.heal();
+        cluster.judge();
+    }
+    assert!(met > 0, "it never came to that");
+}
+
+/// The source has died while it closed, or lost power; whoever asks again has lost power
+/// as well, and asks before the source is tended.
+#[test]
+fn a_fence_that_was_begun_ends_for_a_later_session() {
+    let mut met = 0;
+    for (actions, power_too) in (0..60).flat_map(|at| [(at, false), (at, true)]) {
+        let mut cluster = Cluster::new();
+        cluster.create(0).unwrap();
+        cluster.attach(0, false).unwrap();
+        cluster.begin_move_to(0, 1, true, true).unwrap();
+        cluster.switch(1, false).unwrap();
+        cluster.write(1, 0);
+        cluster.world.fuse = Some(actions);
+        let _ = cluster.localize(1);
+        cluster.world.fuse = None;
+        let source = cluster.journals[0].newest(cluster.id);
+        let fencing = source.and_then(Record::lent).map(|lent| lent.stage);
+        met += u32::from(fencing == Some(LentStage::Fencing));
+        cluster.power_cut(1);
+        if power_too {
+            cluster.power_cut(0);
+        }
+        let _ = cluster.converge_all(1);
+        cluster.heal();
+        cluster.judge();
+    }
+    assert!(met > 0, "it never came to that");
+}
+
+/// The same, but only the source has lost power, and its borrower gives up.
+#[test]
+fn a_fence_that_lost_its_power_is_no_reason_to_keep_a_volume_away() {
+    let mut met = 0;
+    for actions in 0..60 {
+        let mut cluster = Cluster::new();
+        cluster.create(0).unwrap();
+        cluster.attach(0, false).unwrap();
+        cluster.begin_move_to(0, 1, true, true).unwrap();
+        cluster.switch(1, false).unwrap();
+        cluster.write(1, 0);
+        cluster.world.fuse = Some(actions);
+        let _ = cluster.localize(1);
+        cluster.world.fuse = None;
+        cluster.power_cut(0);
+        let source = cluster.journals[0].newest(cluster.id);
+        let fencing = source.and_then(Record::lent).map(|lent| lent.stage);
+        met += u32::from(fencing == Some(LentStage::Fencing));
+        let _ = cluster.detach(1);
+        cluster.heal();
+        cluster.judge();
+    }
+    assert!(met > 0, "it never came to that");
 }
 
 /// The handle is not opened, because a read waits for a source that is away, and has let

@@ -299,6 +299,15 @@ impl Volume {
         ctl(on, &format!("volume delete {}", self.id)).map(drop)
     }
 
+    /// Sends a remote volume home, and deletes it there.
+    pub fn delete_at_home(&self, home: &Node, user: &Node) -> Result<()> {
+        user.shell(&format!("rm -f {} {}", self.state(), self.go()))?.ok()?;
+        ctl(user, &format!("volume detach {}", self.id))?;
+        self.wait_until_gone(user)?;
+        self.wait_for(home, "local", LATER)?;
+        ctl(home, &format!("volume delete {}", self.id)).map(drop)
+    }
+
     /// Starts to write it, or goes on with that.
     pub fn write(&self, on: &Node, flags: &str) -> Result<Writer> {
         let (device, state, go, seed) = (&self.device, self.state(), self.go(), self.seed);
@@ -317,7 +326,8 @@ impl Volume {
     pub fn carry_state(&self, from: &Node, to: &Node) -> Result<()> {
         let state = self.state();
         let text = from.exec(&["base64", &state])?.ok()?;
-        let unpack = format!("base64 --decode >{state}");
+        // The power of the node that goes on with it may be cut at once.
+        let unpack = format!("base64 --decode >{state} && sync {state}");
         to.exec_with(&["sh", "-c", &unpack], text.as_bytes(), SOON)?.ok()?;
         from.exec(&["rm", &state])?.ok().map(drop)
     }

@@ -404,7 +404,11 @@ impl Moves for Agent {
     async fn receive(&self, request: Request<ReceiveRequest>) -> Result<Response<Volume>, Status> {
         let ask = request.into_inner();
         let grant = ask.grant.unwrap_or_default();
-        self.note(format!("Receive {} from {}", grant.volume_id, grant.source_node));
+        let mode = match ReceiveMode::try_from(ask.mode).unwrap() {
+            ReceiveMode::Unspecified => String::new(),
+            mode => format!(" {}", mode.as_str_name()),
+        };
+        self.note(format!("Receive {} from {}{mode}", grant.volume_id, grant.source_node));
         let state = if grant.hold { VolumeState::Held } else { VolumeState::Hydrating };
         self.treat(&self.manners.receive, volume(state)).await
     }
@@ -413,6 +417,26 @@ impl Moves for Agent {
         let force = if request.get_ref().force { " by force" } else { "" };
         self.note(format!("Switch {}{force}", request.get_ref().id));
         self.known(&request.into_inner().id).map(Response::new)
+    }
+
+    async fn localize(
+        &self,
+        request: Request<LocalizeRequest>,
+    ) -> Result<Response<Volume>, Status> {
+        let ask = request.into_inner();
+        self.note(format!("Localize {} {:?}", ask.id, ask.pool));
+        self.known(&ask.id).map(Response::new)
+    }
+
+    async fn serve(&self, _: Request<ServeRequest>) -> Result<Response<ServeResponse>, Status> {
+        Err(Status::unimplemented("not dmlocalctl's business"))
+    }
+
+    async fn reclaim(
+        &self,
+        _: Request<ReclaimRequest>,
+    ) -> Result<Response<ReclaimResponse>, Status> {
+        Err(Status::unimplemented("not dmlocalctl's business"))
     }
 
     async fn abort(

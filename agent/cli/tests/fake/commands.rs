@@ -115,6 +115,8 @@ fn every_command_asks_for_what_it_was_told() {
             format!("DeleteSnapshot {OTHER} true None"),
             "",
         ),
+        (&["volume", "localize", ID], format!("Localize {ID} \"\""), "ID"),
+        (&["volume", "localize", ID, "--pool", "fast"], format!("Localize {ID} \"fast\""), "ID"),
         (&["hydration", "pause", ID], format!("Pause {ID}"), "ID"),
         (&["hydration", "resume", ID], format!("Resume {ID}"), "ID"),
         (
@@ -194,7 +196,7 @@ fn an_id_that_is_no_lower_case_uuid_exits_1_before_anything_is_asked() {
     let bare = ID.replace('-', "");
     let braced = format!("{{{ID}}}");
     for id in ["", "x", &upper, &bare, &braced, &format!("urn:uuid:{ID}"), &format!("{ID} ")] {
-        let commands: [&[&str]; 12] = [
+        let commands: [&[&str]; 13] = [
             &["status", id],
             &["status", "--watch", id],
             &["volume", "create", id, "--size", "1"],
@@ -204,6 +206,7 @@ fn an_id_that_is_no_lower_case_uuid_exits_1_before_anything_is_asked() {
             &["volume", "attach", id],
             &["volume", "detach", id],
             &["volume", "switch", id],
+            &["volume", "localize", id],
             &["volume", "abort", id],
             &["hydration", "pause", id],
             &["volume", "move", id, "--from", &endpoint, "--to", &endpoint],
@@ -228,6 +231,19 @@ fn a_wrong_command_line_exits_2() {
         &["volume", "create", ID, "--size", ""],
         &["volume", "extend", ID, "--size", "-1"],
         &["volume", "move", ID, "--from", "unix:///a"],
+        &["volume", "move", ID, "--from", "unix:///a", "--to", "unix:///b", "--remote", "--local"],
+        &[
+            "volume",
+            "move",
+            ID,
+            "--from",
+            "unix:///a",
+            "--to",
+            "unix:///b",
+            "--remote",
+            "--pool",
+            "x",
+        ],
         &["volume", "move", ID, "--from", "http://a:1", "--to", "unix:///b"],
         &["volume", "forget-source", ID],
         &["hydration", "set", ID],

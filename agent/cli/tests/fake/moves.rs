@@ -51,6 +51,15 @@ fn a_held_move_asks_for_a_grant_that_holds() {
 }
 
 #[test]
+fn where_the_data_is_to_be_is_passed_on() {
+    for (flag, mode) in [("--remote", "RECEIVE_MODE_REMOTE"), ("--local", "RECEIVE_MODE_LOCAL")] {
+        let (ran, calls) = move_volume(Manners::default(), Manners::default(), &[flag]);
+        assert_eq!(ran.code, Some(0));
+        assert_eq!(calls, [grant(false), format!("{} {mode}", receive())]);
+    }
+}
+
+#[test]
 fn in_json_a_move_prints_the_volume() {
     let (ran, _) =
         move_volume(Manners::default(), Manners::default(), &["--hold", "--output=json"]);

@@ -262,7 +262,9 @@ impl Story<'_> {
                     let answer = match call {
                         Call::Fence => Event::SourceFenced,
                         Call::Release => Event::SourceReleased,
-                        Call::Revoke | Call::QueryGrant => panic!("{call:?}"),
+                        Call::Serve | Call::Return | Call::Revoke | Call::QueryGrant => {
+                            panic!("{call:?}")
+                        }
                     };
                     record = self.happened(&record, answer);
                 }
@@ -357,8 +359,9 @@ impl Story<'_> {
             grant: to.grant,
             incarnation: source.incarnation,
             generation: source.generation,
+            session: 0,
         };
-        let source = granted(admit::fence(&source, &claim, Evidence::Quiet), &source);
+        let source = granted(admit::fence(&source, &claim, Evidence::Quiet, boot), &source);
         let source = self.drive(source).unwrap();
 
         let allocated = stage.kernel().look(&source).unwrap().allocated.unwrap();

@@ -132,9 +132,9 @@ impl Dm {
     /// single ioctl. A device that already serves this very table is left alone,
     /// but for what a crash may have left beside it.
     ///
-    /// A [`Target::Queue`] is loaded read-only: nothing may ever write to a
-    /// source. If it already has this path and the kernel has given the path up,
-    /// the path is taken up again.
+    /// A [`Target::Queue`] is loaded read-only: nothing may ever write to a source, but
+    /// through a [`Target::WritableQueue`]. If one already has this path and the kernel
+    /// has given the path up, the path is taken up again.
     ///
     /// A [`Target::Hold`] lets go of the writes it holds as soon as a swap begins, into
     /// the device below and whatever the new table is, and holds nothing more even
@@ -263,7 +263,11 @@ impl Dm {
     /// A path that failed once is not tried again until somebody says so
     /// (drivers/md/dm-mpath.c, `reinstate_path`): there is no multipathd here.
     fn reinstate(&self, name: &DmName, table: &Table) -> io::Result<()> {
-        let Target::Queue { path: Some(path) } = &table.target else { return Ok(()) };
+        let (Target::Queue { path: Some(path) } | Target::WritableQueue { path: Some(path) }) =
+            &table.target
+        else {
+            return Ok(());
+        };
         if path_failed(&self.status_text(name)?, *path) {
             self.message(name, &format!("reinstate_path {path}"))?;
         }

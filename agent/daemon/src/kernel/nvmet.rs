@@ -15,6 +15,12 @@
 //! (drivers/nvme/host/fabrics.c, `nvmf_should_reconnect`). With the link made
 //! last and removed first, it meets a closed port instead, and goes on trying.
 //!
+//! A subsystem has room for one controller: both ends of its range of controller ids
+//! are the port's number, which no other subsystem has. The kernel gives an id back
+//! only when every request of its controller has ended (drivers/nvme/target/core.c,
+//! `nvmet_ctrl_free`), so after a lost path nothing of the old connection is still on
+//! its way when a new one is let in, to land on top of what comes later.
+//!
 //! An attribute is written only if it says something else: the kernel refuses
 //! writes to a live port or namespace even of the same value. The namespace's
 //! identifiers are ours, never the kernel's random ones, because an initiator
@@ -402,11 +408,14 @@ impl Attribute {
     }
 }
 
-fn subsystem_attributes(export: &Export) -> [Attribute; 3] {
+fn subsystem_attributes(export: &Export) -> [Attribute; 5] {
+    // In this order: the kernel keeps the lower end from passing the upper one.
     [
         Attribute::new("attr_allow_any_host", "0"),
         Attribute::new("attr_model", MODEL),
         Attribute::new("attr_serial", &export.serial),
+        Attribute::new("attr_cntlid_min", export.port.to_string()),
+        Attribute::new("attr_cntlid_max", export.port.to_string()),
     ]
 }
 

@@ -281,8 +281,10 @@ impl RealKernel {
     /// Right before a table goes live over the source's namespace, the number must
     /// still be the namespace's.
     fn check_device(&self, record: &Record, table: &Table) -> Result<(), StepError> {
-        let (Target::Queue { path: Some(path) }, Some(receiving)) =
-            (&table.target, record.receiving())
+        let (
+            Target::Queue { path: Some(path) } | Target::WritableQueue { path: Some(path) },
+            Some(receiving),
+        ) = (&table.target, record.receiving())
         else {
             return Ok(());
         };
@@ -346,6 +348,7 @@ impl RealKernel {
     }
 
     fn cut_source(&self, record: &Record, export: &ExportName) -> Result<(), StepError> {
+        nvme::unwanted(&export.subsystem_nqn);
         let src = plan::dm_name(record, Role::Src);
         if self.dm.device(&src)?.is_some_and(|device| device.has_live) {
             self.dm.message(&src, FAIL_IF_NO_PATH)?;
@@ -471,7 +474,11 @@ impl Kernel for RealKernel {
             Some(_) | None => false,
         };
         let path_failed = match src.as_ref().and_then(|src| src.table.as_ref()) {
-            Some(Table { target: Target::Queue { path: Some(path) }, .. }) => {
+            Some(Table {
+                target:
+                    Target::Queue { path: Some(path) } | Target::WritableQueue { path: Some(path) },
+                ..
+            }) => {
                 let status = self.dm.status_text(&plan::dm_name(record, Role::Src))?;
                 dm::path_failed(&status, *path)
             }
@@ -652,8 +659,7 @@ pub fn cut_sources() -> Result<(), StepError> {
     let dm = Dm::open()?;
     let mut outcome = Ok(());
     for device in dm.ours()? {
-        let queues = |table: &Table| matches!(table.target, Target::Queue { .. });
-        if device.table.as_ref().is_some_and(queues) {
+        if device.table.as_ref().is_some_and(Table::is_queue) {
             let name = DmName { name: device.name, uuid: device.uuid };
             outcome = outcome.and(dm.message(&name, FAIL_IF_NO_PATH));
         }

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::{
     reconcile::{ServiceError, View},
-    service::{Forgotten, bytes_left, lost},
+    service::{Forgotten, Mode, bytes_left, lost},
 };
 
 /// Longest endpoint, node name or NQN that is taken from a caller (NVMe base
@@ -76,6 +76,7 @@ pub(super) fn claim(
         grant: uuid("grant_id", grant)?,
         incarnation: uuid("incarnation", incarnation)?,
         generation: Generation(generation),
+        session: 0,
     })
 }
 
@@ -124,6 +125,16 @@ pub(super) fn grant(record: &Record, node: &str, endpoint: &str) -> Option<v1::G
         source: record.lineage.made_of.map(made_of),
         begins: record.lineage.passing,
     })
+}
+
+/// Where the data of a received volume is going to be.
+pub(super) fn mode(mode: i32) -> Result<Mode, ServiceError> {
+    match v1::ReceiveMode::try_from(mode) {
+        Ok(v1::ReceiveMode::Unspecified) => Ok(Mode::Auto),
+        Ok(v1::ReceiveMode::Local) => Ok(Mode::Local),
+        Ok(v1::ReceiveMode::Remote) => Ok(Mode::Remote),
+        Err(_) => Err(ServiceError::Argument { field: "mode", problem: "is unknown".into() }),
+    }
 }
 
 /// What a grant offers to this node.
@@ -186,7 +197,11 @@ fn state(view: &View) -> v1::VolumeState {
     use v1::VolumeState as S;
     let lent = |stage| match stage {
         LentStage::Published | LentStage::Revoking => S::Published,
-        LentStage::Fencing | LentStage::Fenced => S::Fenced,
+        LentStage::Fencing
+        | LentStage::Fenced
+        | LentStage::Yielding
+        | LentStage::Serving
+        | LentStage::Reclaiming => S::Fenced,
         LentStage::Releasing => S::Releasing,
     };
     let receiving = match &view.record.phase {
@@ -200,7 +215,13 @@ fn state(view: &View) -> v1::VolumeState {
     };
     match receiving.stage {
         _ if receiving.failure.is_some() => S::Failed,
-        ReceivingStage::Allocating
+        ReceivingStage::Remote
+        | ReceivingStage::Localizing
+        | ReceivingStage::Building
+        | ReceivingStage::Clearing
+        | ReceivingStage::Settling => S::Remote,
+        ReceivingStage::Linking
+        | ReceivingStage::Allocating
         | ReceivingStage::Zeroing
         | ReceivingStage::Assembling
         | ReceivingStage::Held
@@ -213,7 +234,8 @@ fn state(view: &View) -> v1::VolumeState {
         ReceivingStage::Aborting
         | ReceivingStage::Withdrawing
         | ReceivingStage::Discarding
-        | ReceivingStage::Discarded => S::Releasing,
+        | ReceivingStage::Discarded
+        | ReceivingStage::Returning => S::Releasing,
     }
 }
 
@@ -224,7 +246,9 @@ pub(super) fn volume(view: &View) -> v1::Volume {
     let lent = record.lent();
     let lost = lost(view);
     let bytes_left = bytes_left(view);
-    let percent = receiving.map(|receiving| {
+    // What has no copy here, or not yet, has none that grows.
+    let copied = receiving.filter(|receiving| receiving.remote.is_none());
+    let percent = copied.map(|receiving| {
         let total = hydration::regions(receiving.length, receiving.region);
         let here = match view.seen.as_ref().and_then(|seen| seen.clone_status.as_ref()) {
             _ if bytes_left == Some(0) => total,
@@ -267,8 +291,8 @@ pub(super) fn volume(view: &View) -> v1::Volume {
             .map(|grant| grant.to_string()),
         peer_node: lent.map(|lent| lent.to.node.clone()),
         incarnation: record.incarnation.to_string(),
-        region_bytes: receiving.map(|receiving| receiving.region.bytes()),
-        hydration: receiving.map(|_| v1::Hydration {
+        region_bytes: copied.map(|receiving| receiving.region.bytes()),
+        hydration: copied.map(|_| v1::Hydration {
             paused: record.tuning.paused,
             rate_bytes_per_s: record.tuning.rate,
             threshold: record.tuning.threshold,

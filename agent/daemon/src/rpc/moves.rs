@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use dmlocal_model::{admit::Change, volume::Borrower};
+use dmlocal_model::{
+    admit::{Change, Claim},
+    volume::Borrower,
+};
 use dmlocal_proto::v1;
 use tonic::{Request, Response, Status, async_trait};
 
@@ -78,7 +81,22 @@ impl v1::moves_server::Moves for Face {
         let node = &self.service.volumes.config.node;
         let offer = convert::offer(grant, node).map_err(status)?;
         let service = Arc::clone(&self.service);
-        let view = whole(async move { service.receive(offer, &request.pool).await }).await?;
+        let mode = convert::mode(request.mode).map_err(status)?;
+        let view =
+            whole(async move { service.receive_as(offer, &request.pool, mode).await }).await?;
+        Ok(Response::new(convert::volume(&view)))
+    }
+
+    async fn localize(
+        &self,
+        request: Request<v1::LocalizeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        Caller::of(&request)?.must_be(&ROLES)?;
+        let request = request.into_inner();
+        let which = convert::which(&request.id, request.generation, request.incarnation.as_deref())
+            .map_err(status)?;
+        let service = Arc::clone(&self.service);
+        let view = whole(async move { service.localize(which, &request.pool).await }).await?;
         Ok(Response::new(convert::volume(&view)))
     }
 
@@ -196,6 +214,7 @@ impl v1::moves_server::Moves for Face {
         let id = convert::volume_id(&request.volume_id).map_err(status)?;
         let claim = convert::claim(&request.grant_id, &request.incarnation, request.generation)
             .map_err(status)?;
+        let claim = Claim { session: request.session, ..claim };
         let service = Arc::clone(&self.service);
         let size_bytes =
             whole(async move { service.fence(id, &claim, request.force, node.as_deref()).await })
@@ -219,6 +238,39 @@ impl v1::moves_server::Moves for Face {
             whole(async move { service.allocation(id, &claim, region, node.as_deref()).await })
                 .await?;
         Ok(Response::new(convert::allocation(&map)))
+    }
+
+    async fn serve(
+        &self,
+        request: Request<v1::ServeRequest>,
+    ) -> Result<Response<v1::ServeResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let node = caller.acting_for(&[])?;
+        let request = request.into_inner();
+        let id = convert::volume_id(&request.volume_id).map_err(status)?;
+        let claim = convert::claim(&request.grant_id, &request.incarnation, request.generation)
+            .map_err(status)?;
+        let claim = Claim { session: request.session, ..claim };
+        let service = Arc::clone(&self.service);
+        let size_bytes =
+            whole(async move { service.serve(id, &claim, request.force, node.as_deref()).await })
+                .await?;
+        Ok(Response::new(v1::ServeResponse { size_bytes }))
+    }
+
+    async fn reclaim(
+        &self,
+        request: Request<v1::ReclaimRequest>,
+    ) -> Result<Response<v1::ReclaimResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let node = caller.acting_for(&[])?;
+        let request = request.into_inner();
+        let id = convert::volume_id(&request.volume_id).map_err(status)?;
+        let claim = convert::claim(&request.grant_id, &request.incarnation, request.generation)
+            .map_err(status)?;
+        let service = Arc::clone(&self.service);
+        whole(async move { service.reclaim(id, &claim, node.as_deref()).await }).await?;
+        Ok(Response::new(v1::ReclaimResponse {}))
     }
 
     async fn release(

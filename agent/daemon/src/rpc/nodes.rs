@@ -124,7 +124,7 @@ async fn watch(
             .iter()
             .filter(|view| view.record.taken().is_none())
             .filter(|view| only.is_none_or(|only| view.record.id == only))
-            .map(|view| ((view.record.id, view.record.generation), convert::volume(view)))
+            .map(|view| ((view.record.id, view.record.made_in), convert::volume(view)))
             .collect();
         let gone: Vec<v1::Volume> = sent
             .iter()

@@ -94,6 +94,9 @@ const fn refusal_code(refusal: &Refusal) -> Code {
         Refusal::ChainTooDeep { .. } => Code::FailedPrecondition,
         Refusal::GrantUnknown(_) => Code::PermissionDenied,
         Refusal::LogicalBlockSize { .. }
+        | Refusal::VolumeRemote { .. }
+        | Refusal::AlwaysRemote { .. }
+        | Refusal::SessionStale(_)
         | Refusal::VolumeAttached(_)
         | Refusal::VolumePublished { .. }
         | Refusal::VolumeFenced { .. }
@@ -151,6 +154,7 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
         ],
         Refusal::VolumePublished { id, node }
         | Refusal::VolumeFenced { id, node }
+        | Refusal::VolumeRemote { id, node }
         | Refusal::RegionsLost { id, node } => {
             vec![("id", id.to_string()), ("node", node.clone())]
         }
@@ -159,7 +163,12 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
         Refusal::GenerationStale { present, named } => {
             vec![("present", present.to_string()), ("named", named.to_string())]
         }
-        Refusal::GrantUnknown(grant) | Refusal::GrantFenced(grant) => {
+        Refusal::AlwaysRemote { size, limit } => {
+            vec![("size_bytes", size.to_string()), ("limit_bytes", limit.to_string())]
+        }
+        Refusal::GrantUnknown(grant)
+        | Refusal::GrantFenced(grant)
+        | Refusal::SessionStale(grant) => {
             vec![("grant_id", grant.to_string())]
         }
         Refusal::GrantExists { grant, field } => {

@@ -65,6 +65,7 @@ const MATRIX: &[(&str, &[&str])] = &[
     ("Moves/Grant", &[DRIVER, OPERATOR]),
     ("Moves/Receive", &[DRIVER, OPERATOR]),
     ("Moves/Switch", &[DRIVER, OPERATOR]),
+    ("Moves/Localize", &[DRIVER, OPERATOR]),
     ("Moves/Abort", &[DRIVER, OPERATOR]),
     ("Moves/PauseHydration", &[DRIVER, OPERATOR]),
     ("Moves/ResumeHydration", &[DRIVER, OPERATOR]),
@@ -74,6 +75,8 @@ const MATRIX: &[(&str, &[&str])] = &[
     ("Moves/Hasten", &[AGENT]),
     ("Moves/Fence", &[AGENT]),
     ("Moves/GetAllocation", &[AGENT]),
+    ("Moves/Serve", &[AGENT]),
+    ("Moves/Reclaim", &[AGENT]),
     ("Moves/Release", &[AGENT]),
     ("Moves/Revoke", &[DRIVER, AGENT, OPERATOR]),
     ("Moves/QueryGrant", &[AGENT, OPERATOR]),
@@ -305,6 +308,7 @@ async fn an_agent_without_the_grant_changes_nothing() {
         grant,
         incarnation: granted.record.incarnation,
         generation: granted.record.generation,
+        session: 0,
     };
     let node_a = daemon.peer();
     let refused = |outcome: Result<(), PeerError>| match outcome {
@@ -356,8 +360,12 @@ async fn a_peer_is_believed_only_under_its_own_name() {
     let daemon = Daemon::start().await;
     // node-a's certificate answers where node-z is expected.
     let impostor = Peer { node: "node-z".to_owned(), ..daemon.peer() };
-    let claim =
-        Claim { grant: Uuid::new_v4(), incarnation: Uuid::new_v4(), generation: Generation::FIRST };
+    let claim = Claim {
+        grant: Uuid::new_v4(),
+        incarnation: Uuid::new_v4(),
+        generation: Generation::FIRST,
+        session: 0,
+    };
     let id = VolumeId::new(Uuid::new_v4());
     let answer = daemon.peers_of("node-b").query(&impostor, id, &claim).await;
     assert!(matches!(answer, Err(PeerError::Unreachable { .. })), "{answer:?}");

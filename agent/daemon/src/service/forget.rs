@@ -97,6 +97,7 @@ impl Service {
             grant: lent.to.grant,
             incarnation: record.incarnation,
             generation: record.generation,
+            session: 0,
         };
         // Without an answer it stays what it is: fenced.
         let fate = self.volumes.peers.query(&Peer::from(&lent.to), record.id, &claim).await;

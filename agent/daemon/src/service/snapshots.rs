@@ -31,7 +31,7 @@ fn beside(source: &Work) -> Option<String> {
 impl Service {
     /// The copy of a volume that calls mean which name no generation.
     fn home(&self, id: VolumeId) -> Copy {
-        (id, self.volumes.view(id).map_or(Generation::FIRST, |view| view.record.generation))
+        (id, self.volumes.view(id).map_or(Generation::FIRST, |view| view.record.made_in))
     }
 
     /// Takes a snapshot.

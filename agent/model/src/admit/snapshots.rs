@@ -2,7 +2,9 @@
 
 use uuid::Uuid;
 
-use super::{Admitted, GrantRequest, PoolRoom, Refusal, at_rest, grant, journal, not_failed};
+use super::{
+    Admitted, GrantRequest, PoolRoom, Refusal, at_rest, grant, journal, not_failed, not_remote,
+};
 use crate::{
     hydration::Tuning,
     name::{Generation, VolumeId},
@@ -26,7 +28,12 @@ pub fn template(record: &Record, boot: Uuid) -> Result<Template, Refusal> {
     if let Some(lent) = record.lent() {
         let node = lent.to.node.clone();
         match lent.stage {
-            LentStage::Fencing | LentStage::Fenced | LentStage::Releasing => {
+            LentStage::Fencing
+            | LentStage::Fenced
+            | LentStage::Releasing
+            | LentStage::Yielding
+            | LentStage::Serving
+            | LentStage::Reclaiming => {
                 return Err(Refusal::VolumeFenced { id, node });
             }
             LentStage::Published | LentStage::Revoking if record.lineage.passing => {
@@ -35,6 +42,7 @@ pub fn template(record: &Record, boot: Uuid) -> Result<Template, Refusal> {
             LentStage::Published | LentStage::Revoking => {}
         }
     }
+    not_remote(record)?;
     if let Some(receiving) = record.receiving() {
         not_failed(id, receiving)?;
         // Before, some of it is at the source only.
@@ -145,6 +153,7 @@ fn made(
         size: source.size,
         logical_block_size: source.logical_block_size,
         generation,
+        made_in: generation,
         attached: false,
         data: None,
         growing: None,
@@ -257,6 +266,8 @@ pub fn grant_of(
         hold: false,
         export: request.export.ok_or(Refusal::PortsExhausted)?,
         stage: LentStage::Published,
+        session: 0,
+        served_in: None,
     };
     made(id, incarnation, Generation::FIRST, record, lineage, Phase::Lent(lent), room)
 }

@@ -102,13 +102,16 @@ fn a_source_says_what_it_has_only_when_that_is_final_and_whole() {
         grant: Uuid::from_u128(6),
         incarnation: Uuid::from_u128(5),
         generation: Generation(2),
+        session: 0,
     };
     let unknown = |record: &Record| {
         matches!(admit::allocation(record, &claim), Err(Refusal::AllocationUnknown { .. }))
     };
     assert_eq!(admit::allocation(&lent(LentStage::Fenced), &claim), Ok(()));
     assert!(unknown(&lent(LentStage::Published)) && unknown(&lent(LentStage::Fencing)));
+    assert!(unknown(&lent(LentStage::Yielding)) && unknown(&lent(LentStage::Serving)));
     assert!(admit::allocation(&lent(LentStage::Releasing), &claim).is_err());
+    assert!(admit::allocation(&lent(LentStage::Reclaiming), &claim).is_err());
     let stale = Claim { generation: Generation(1), ..claim.clone() };
     assert!(admit::allocation(&lent(LentStage::Fenced), &stale).is_err());
     let Phase::Receiving(receiving) = receiving(ReceivingStage::Hydrating).phase else { panic!() };

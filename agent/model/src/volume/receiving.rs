@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{Event, ExportName};
+use super::{Event, ExportName, Remote};
 use crate::{name::Generation, seeding::Seeding, units::Sectors};
 
 /// The destination's side of a grant.
@@ -17,7 +17,7 @@ pub struct Receiving {
     /// How much is copied: the size of the volume when it was granted. What it has
     /// grown since lies in the data LV alone.
     pub length: Sectors,
-    /// Region size of the copy.
+    /// Region size of the copy; 0 while there is none.
     pub region: Sectors,
     /// Regions that are known to be here for good: an armed load that finds
     /// fewer has the wrong metadata.
@@ -38,6 +38,9 @@ pub struct Receiving {
     /// Whether a caller has said that the guest has left the source, whatever the
     /// source sees.
     pub forced: bool,
+    /// What is known of consumers that write at the source; none where they write
+    /// here.
+    pub remote: Option<Remote>,
     /// Why nothing more may be done until the node has rebooted.
     pub failure: Option<Failure>,
 }
@@ -97,6 +100,23 @@ pub enum ReceivingStage {
     /// Nothing of it is left here; the source is to be told that its copy may go
     /// as well.
     Discarded,
+    /// The source is being connected to; no copy is going to be made.
+    Linking,
+    /// What consumers write goes to the source, which nobody else writes.
+    Remote,
+    /// The same while the LVs of a copy are made, and the metadata is zeroed.
+    Localizing,
+    /// The same; the metadata starts with zeros, or holds a clone that nobody has
+    /// used.
+    Building,
+    /// The same; what was made of a copy is taken down.
+    Clearing,
+    /// A clone that nobody has used is ready, and writes wait: the source is asked to
+    /// take none any more.
+    Settling,
+    /// Nobody uses it here any more: everything is taken down, and the source is told
+    /// that it is the volume again.
+    Returning,
 }
 
 /// How far an unused clone is on its way to another size. Nothing is kept here
@@ -126,10 +146,17 @@ impl ReceivingStage {
             | Self::Collapsing
             | Self::Parting
             | Self::Discarding
-            | Self::Discarded => true,
+            | Self::Discarded
+            | Self::Remote
+            | Self::Localizing
+            | Self::Building
+            | Self::Clearing
+            | Self::Settling
+            | Self::Returning => true,
             Self::Allocating
             | Self::Zeroing
             | Self::Assembling
+            | Self::Linking
             | Self::Held
             | Self::Refused
             | Self::Aborting
@@ -154,6 +181,9 @@ impl Receiving {
     /// it can happen here at all. The end of the move is the record's business.
     pub(super) fn after(&mut self, event: Event) -> (Option<String>, Option<()>) {
         use ReceivingStage as S;
+        if self.remote.is_some() {
+            return self.after_remote(event);
+        }
         let mut made = None;
         self.stage = match (self.stage, event) {
             (S::Allocating, Event::Allocated { data, meta: Some(meta) }) => {

@@ -8,14 +8,82 @@ use crate::{hydration::Tuning, seeding::Seeding};
 const LENT: &str = "
     Published --FenceAsked--> Fencing
     Published --RevokeAsked--> Revoking
+    Published --ServeAsked--> Yielding
     Fencing --FenceAsked--> Fencing
     Fencing --Fenced--> Fenced
+    Fencing --Rebooted--> Serving
     Fenced --FenceAsked--> Fenced
     Fenced --Fenced--> Fenced
     Fenced --ReleaseAsked--> Releasing
     Revoking --RevokeAsked--> Revoking
     Revoking --Revoked--> local
-    Releasing --ReleaseAsked--> Releasing";
+    Releasing --ReleaseAsked--> Releasing
+    Yielding --ServeAsked--> Yielding
+    Yielding --Fenced--> Serving
+    Serving --ServeAsked--> Serving
+    Serving --FenceAsked--> Fencing
+    Serving --ReturnAsked--> Reclaiming
+    Reclaiming --ReturnAsked--> Reclaiming
+    Reclaiming --Reclaimed--> local";
+
+const REMOTE: &str = "
+    Linking --Armed--> Held
+    Linking --AbortAsked--> Aborting
+    Linking --Rebooted--> Linking
+    Held --SwitchAsked--> Switching
+    Held --AbortAsked--> Aborting
+    Held --Failed--> Held
+    Held --Rebooted--> Held
+    Switching --SwitchAsked--> Switching
+    Switching --SourceGrew--> Switching
+    Switching --SourceServes--> Remote
+    Switching --SourceRefused--> Refused
+    Switching --SessionLost--> Switching
+    Switching --Failed--> Switching
+    Switching --Rebooted--> Switching
+    Refused --SwitchAsked--> Switching
+    Refused --AbortAsked--> Aborting
+    Refused --Failed--> Refused
+    Refused --Rebooted--> Refused
+    Aborting --AbortAsked--> Aborting
+    Aborting --Retired--> Withdrawing
+    Aborting --Rebooted--> Aborting
+    Withdrawing --SourceForgotten--> Withdrawing
+    Withdrawing --Rebooted--> Withdrawing
+    Remote --SourceServes--> Remote
+    Remote --SessionLost--> Remote
+    Remote --LocalizeAsked--> Localizing
+    Remote --ReturnAsked--> Returning
+    Remote --Failed--> Remote
+    Remote --Rebooted--> Remote
+    Localizing --Allocated--> Localizing
+    Localizing --LocalizeDropped--> Clearing
+    Localizing --SourceServes--> Localizing
+    Localizing --SessionLost--> Localizing
+    Localizing --ReturnAsked--> Returning
+    Localizing --Failed--> Localizing
+    Localizing --Rebooted--> Localizing
+    Building --Armed--> Settling
+    Building --LocalizeDropped--> Clearing
+    Building --SourceServes--> Building
+    Building --SessionLost--> Building
+    Building --ReturnAsked--> Returning
+    Building --Failed--> Building
+    Building --Rebooted--> Building
+    Clearing --LocalizeDropped--> Clearing
+    Clearing --Retired--> Remote
+    Clearing --SourceServes--> Clearing
+    Clearing --SessionLost--> Clearing
+    Clearing --ReturnAsked--> Returning
+    Clearing --Failed--> Clearing
+    Clearing --Rebooted--> Clearing
+    Settling --SourceFenced--> Hydrating
+    Settling --SessionLost--> Settling
+    Settling --Failed--> Settling
+    Settling --Rebooted--> Settling
+    Returning --ReturnAsked--> Returning
+    Returning --Retired--> Returning
+    Returning --Rebooted--> Returning";
 
 const RECEIVING: &str = "
     Allocating --Allocated--> Zeroing
@@ -89,6 +157,13 @@ fn events() -> Vec<Event> {
         Event::Allocated { data: "new".into(), meta: None },
         Event::RevertAsked { snapshot, template: template(), size: Sectors(4) },
         Event::RevertGivenUp,
+        Event::SourceServes(Uuid::from_u128(1)),
+        Event::SessionLost,
+        Event::LocalizeAsked { pool: "pool".into(), region: Sectors(8) },
+        Event::LocalizeDropped,
+        Event::ServeAsked { session: 1, boot: Uuid::from_u128(1) },
+        Event::ReturnAsked,
+        Event::Reclaimed(Uuid::from_u128(1)),
     ]
 }
 
@@ -108,7 +183,15 @@ fn export() -> ExportName {
 
 fn lent(stage: LentStage) -> Lent {
     let to = Borrower { grant: Uuid::from_u128(4), node: "b".into(), endpoint: "https://b".into() };
-    Lent { to, host_nqn: "host".into(), hold: true, export: export(), stage }
+    Lent {
+        to,
+        host_nqn: "host".into(),
+        hold: true,
+        export: export(),
+        stage,
+        session: 1,
+        served_in: Some(Uuid::from_u128(8)),
+    }
 }
 
 fn receiving(stage: ReceivingStage, hold: bool) -> Receiving {
@@ -132,6 +215,7 @@ fn receiving(stage: ReceivingStage, hold: bool) -> Receiving {
         stage,
         rebuild: None,
         forced: false,
+        remote: None,
         failure: None,
     }
 }
@@ -144,6 +228,7 @@ fn record(phase: Phase) -> Record {
         size: Sectors(8),
         logical_block_size: 512,
         generation: Generation(2),
+        made_in: Generation(2),
         attached: false,
         data: None,
         growing: None,
@@ -167,14 +252,15 @@ fn table(text: &str) -> BTreeSet<String> {
 
 fn transitions<S: std::fmt::Debug>(
     stages: &[S],
+    events: &[Event],
     phase: impl Fn(&S) -> Phase,
     stage_of: impl Fn(&Record) -> Option<String>,
 ) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for stage in stages {
-        for event in events() {
-            let name = word(&event);
-            if let Ok(after) = record(phase(stage)).after(event) {
+        for event in events {
+            let name = word(event);
+            if let Ok(after) = record(phase(stage)).after(event.clone()) {
                 let to = stage_of(&after).unwrap_or_else(|| "local".to_owned());
                 found.insert(format!("{} --{name}--> {to}", word(stage)));
             }
@@ -183,12 +269,15 @@ fn transitions<S: std::fmt::Debug>(
     found
 }
 
-const LENT_STAGES: [LentStage; 5] = [
+const LENT_STAGES: [LentStage; 8] = [
     LentStage::Published,
     LentStage::Fencing,
     LentStage::Fenced,
     LentStage::Revoking,
     LentStage::Releasing,
+    LentStage::Yielding,
+    LentStage::Serving,
+    LentStage::Reclaiming,
 ];
 
 const RECEIVING_STAGES: [ReceivingStage; 13] = [
@@ -211,6 +300,7 @@ const RECEIVING_STAGES: [ReceivingStage; 13] = [
 fn a_lent_copy_goes_these_ways_only() {
     let found = transitions(
         &LENT_STAGES,
+        &[events(), vec![Event::Rebooted]].concat(),
         |stage| Phase::Lent(lent(*stage)),
         |after| after.lent().map(|lent| word(&lent.stage)),
     );
@@ -221,10 +311,77 @@ fn a_lent_copy_goes_these_ways_only() {
 fn a_received_copy_goes_these_ways_only() {
     let found = transitions(
         &RECEIVING_STAGES,
+        &events(),
         |stage| Phase::Receiving(Box::new(receiving(*stage, true))),
         |after| after.receiving().map(|receiving| word(&receiving.stage)),
     );
     assert_eq!(found, table(RECEIVING));
+}
+
+const REMOTE_STAGES: [ReceivingStage; 13] = [
+    ReceivingStage::Linking,
+    ReceivingStage::Held,
+    ReceivingStage::Switching,
+    ReceivingStage::Refused,
+    ReceivingStage::Remote,
+    ReceivingStage::Localizing,
+    ReceivingStage::Building,
+    ReceivingStage::Clearing,
+    ReceivingStage::Settling,
+    ReceivingStage::Returning,
+    ReceivingStage::Aborting,
+    ReceivingStage::Withdrawing,
+    ReceivingStage::Hydrating,
+];
+
+#[test]
+fn a_copy_that_is_elsewhere_goes_these_ways_only() {
+    let remote = |stage: &ReceivingStage| {
+        let remote = Some(Remote::new(false));
+        Phase::Receiving(Box::new(Receiving { remote, ..receiving(*stage, true) }))
+    };
+    let found = transitions(
+        &REMOTE_STAGES[..12],
+        &[events(), vec![Event::Rebooted]].concat(),
+        remote,
+        |after| after.receiving().map(|receiving| word(&receiving.stage)),
+    );
+    assert_eq!(found, table(REMOTE));
+}
+
+/// Each session of consumers ends with the power of either node.
+#[test]
+fn a_session_ends_with_the_power_of_either_node() {
+    let boot = Uuid::from_u128(9);
+    let mut copy = receiving(ReceivingStage::Switching, true);
+    copy.remote = Some(Remote::new(false));
+    let copy = record(Phase::Receiving(Box::new(copy)));
+    assert_eq!(copy.source_lost_power(boot), Event::SessionLost, "nobody has written anything");
+    let used = copy.after(Event::SourceServes(boot)).unwrap();
+    assert!(matches!(used.source_lost_power(boot), Event::Failed(_)), "somebody may have");
+    let again = used.after(Event::Rebooted).unwrap();
+    let remote = again.receiving().unwrap().remote.clone().unwrap();
+    assert_eq!((remote.session, remote.served_in), (2, None), "they are gone");
+
+    let boots = [1, 2].map(Uuid::from_u128);
+    let served = Lent { served_in: Some(boots[0]), ..lent(LentStage::Fencing) };
+    let rebooted = record(Phase::Lent(served)).after(Event::Rebooted).unwrap();
+    assert_eq!(rebooted.lent().unwrap().stage, LentStage::Serving, "not fenced without a word");
+}
+
+/// The copy at home is the same one, with a later right to write.
+#[test]
+fn a_volume_that_returns_keeps_its_logical_volumes_and_gets_a_later_generation() {
+    let boot = Uuid::from_u128(9);
+    let away = Record { attached: true, ..record(Phase::Lent(lent(LentStage::Reclaiming))) };
+    let stone = away.stone_of(&Event::Reclaimed(boot)).unwrap();
+    assert_eq!(stone.fate, Fate::Returned);
+    let home = away.clone().after(Event::Reclaimed(boot)).unwrap();
+    assert_eq!((home.generation, home.made_in), (Generation(4), Generation(2)));
+    assert!(!home.attached && home.phase == Phase::Local && home.is_confirmed(boot));
+    assert_eq!(crate::plan::lv_names(&home), crate::plan::lv_names(&away));
+    let old = crate::plan::dm_name(&away, crate::name::Role::Handle);
+    assert_ne!(crate::plan::dm_name(&home, crate::name::Role::Handle).uuid, old.uuid);
 }
 
 #[test]

@@ -51,7 +51,7 @@ impl Cluster {
     /// The newest copy of an id at a node, or where its first would be.
     fn place(&self, node: usize, id: VolumeId) -> At {
         let newest = self.journals[node].newest(id);
-        At { node, id, generation: newest.map_or(1, |record| record.generation.0) }
+        At { node, id, generation: newest.map_or(1, |record| record.made_in.0) }
     }
 
     pub(super) fn is_read(&self, node: usize, snapshot: VolumeId) -> bool {
@@ -184,7 +184,7 @@ impl Cluster {
             )
         })?;
         let record = self.record(at).unwrap();
-        self.receive(from, to, &record)
+        self.receive(from, to, &record, false)
     }
 
     pub(super) fn revert(&mut self, node: usize, nth: usize) -> Result<(), Stop> {

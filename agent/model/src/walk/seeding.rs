@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{At, Cluster, Sabotage, Stop, known};
+use super::{At, Cluster, Sabotage, Stop};
 use crate::{
     admit::{self, Refusal},
     name::VolumeId,
@@ -72,8 +72,9 @@ impl Cluster {
         id: VolumeId,
         claim: &admit::Claim,
     ) -> Result<AllocationMap, Refusal> {
-        let record = self.record(At { node, id, generation: claim.generation.0 });
-        let record = known(record.as_ref(), id)?;
+        let at = self.lent_under(node, claim.grant);
+        let record = at.ok().and_then(|at| self.record(at));
+        let record = record.as_ref().ok_or(Refusal::GrantUnknown(claim.grant))?;
         match (admit::allocation(record, claim), self.sabotage) {
             (Ok(()), _) => {}
             (Err(Refusal::AllocationUnknown { .. }), Some(Sabotage::MapsBeforeTheFence))
@@ -232,4 +233,45 @@ fn what_is_made_of_a_sparse_snapshot_is_as_sparse() {
     assert_eq!(cluster.world.look(1, &record).allocated, Some(REGION));
     cluster.converge_all(0).unwrap();
     cluster.judge();
+}
+
+/// What was written through the export counts as written like anything else, whether
+/// the volume is copied to where it is used, or comes home first and moves then.
+#[test]
+fn what_was_written_from_elsewhere_is_in_the_map() {
+    use crate::{seeding::Seeding, sim::REGIONS, volume::Phase};
+    for homeward in [false, true] {
+        let mut cluster = Cluster::new();
+        cluster.create(0).unwrap();
+        cluster.attach(0, false).unwrap();
+        cluster.extend(0, REGIONS).unwrap();
+        cluster.write(0, 1);
+        cluster.begin_move_to(0, 1, true, true).unwrap();
+        cluster.switch(1, false).unwrap();
+        cluster.write(1, 2);
+        if homeward {
+            cluster.detach(0).unwrap();
+            cluster.detach(1).unwrap();
+            cluster.converge_all(0).unwrap();
+            cluster.attach(0, true).unwrap();
+            cluster.begin_move(0, 1, true).unwrap();
+            cluster.switch(1, false).unwrap();
+        } else {
+            cluster.localize(1).unwrap();
+        }
+        cluster.converge_all(1).unwrap();
+        let record = cluster.journals[1].newest(cluster.id).cloned().unwrap();
+        assert_eq!(record.receiving().unwrap().seeding, Seeding::Done, "{record:?}");
+        assert_eq!(cluster.world.missing(1, &record), Some(vec![1, 2]));
+        for _ in 0..2 * REGIONS {
+            cluster.world.hydrate();
+            cluster.converge_all(1).unwrap();
+        }
+        cluster.converge_all(0).unwrap();
+        let record = cluster.journals[1].newest(cluster.id).cloned().unwrap();
+        assert_eq!(record.phase, Phase::Local);
+        let allocated = cluster.world.look(1, &record).allocated.unwrap();
+        assert_eq!(allocated.0, 2 * REGION.0);
+        cluster.judge();
+    }
 }

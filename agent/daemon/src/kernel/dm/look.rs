@@ -138,8 +138,13 @@ impl Dm {
             Ok((info, lines)) => {
                 let flags = info.flags();
                 let has_live = flags.contains(DmFlags::DM_ACTIVE_PRESENT);
+                let read_only = flags.contains(DmFlags::DM_READONLY);
                 let targets = lines.iter().map(|(_, length, kind, params)| {
-                    (Sectors(*length), Target::parse(kind, params, self.refuser.number))
+                    let target = match Target::parse(kind, params, self.refuser.number) {
+                        Target::Queue { path } if !read_only => Target::WritableQueue { path },
+                        target => target,
+                    };
+                    (Sectors(*length), target)
                 });
                 Ok(Some(Device {
                     name: info.name().map(ToString::to_string).unwrap_or_default(),

@@ -107,7 +107,13 @@ impl Tree for Fake {
         kernel.add(path.to_owned(), Node::Directory);
         let (files, groups): (&[(&str, &str)], &[&str]) = match name(path.parent().unwrap()) {
             "subsystems" => (
-                &[("attr_allow_any_host", "1"), ("attr_model", "Linux"), ("attr_serial", "f")],
+                &[
+                    ("attr_allow_any_host", "1"),
+                    ("attr_model", "Linux"),
+                    ("attr_serial", "f"),
+                    ("attr_cntlid_min", "1"),
+                    ("attr_cntlid_max", "65519"),
+                ],
                 &["namespaces", "allowed_hosts"],
             ),
             "namespaces" => (

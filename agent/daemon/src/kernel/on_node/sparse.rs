@@ -30,6 +30,7 @@ fn record(volume: Volume, data: &Lv, phase: Phase) -> Record {
         size: Sectors::from_bytes(SIZE),
         logical_block_size: 512,
         generation: Generation(1),
+        made_in: Generation(1),
         attached: true,
         data: Some(data.dm_uuid()),
         growing: None,
@@ -168,6 +169,7 @@ fn what_was_never_written_is_marked_and_nothing_else_changes() {
         stage: ReceivingStage::Hydrating,
         rebuild: None,
         forced: false,
+        remote: None,
         failure: None,
     };
     let record = record(volume, &made[0], Phase::Receiving(Box::new(receiving)));
