@@ -178,6 +178,15 @@ impl RealKernel {
         let uuid = |name: &str| made.iter().find(|lv| lv.name == name).map(lvm::Lv::dm_uuid);
         let data = uuid(&data_name)
             .ok_or_else(|| StepError::Failed(format!("{data_name} was not made")))?;
+        // Blank volumes and the marking of what was never written rely on this. An old
+        // one is there only if the journal of its days was lost.
+        match thin::mapped(&self.dm.status_text_of(&data)?) {
+            Some(Sectors(0)) => {}
+            Some(_) => return Err(LvmError::Taken { name: data_name, field: "content" }.into()),
+            None => {
+                return Err(StepError::Failed(format!("{data_name} does not tell what it has")));
+            }
+        }
         Ok(Event::Allocated { data, meta: meta.and_then(|_| uuid(&meta_name)) })
     }
 

@@ -95,6 +95,14 @@ fn a_thin_pool_says_what_was_never_written() {
     fs::write(&note, "").unwrap();
     kernel.activate(Some("pool")).unwrap();
     assert!(snapshot(&bed) == "-" && !note.exists());
+
+    // What holds something is never taken for a new one.
+    let make = plan::Step::Allocate { data: SIZE, meta: None, of: None };
+    let old = kernel.apply(&record, &make);
+    assert!(matches!(&old, Err(StepError::Failed(why)) if why.contains("content")), "{old:?}");
+    let blank = self::record(Volume::new(), data, Phase::Local);
+    let made = kernel.apply(&blank, &make).unwrap();
+    assert_eq!(kernel.apply(&blank, &make).unwrap(), made, "not adopted");
 }
 
 #[test]

@@ -52,15 +52,23 @@ impl RealKernel {
             .ok_or_else(|| refused("it has too many regions"))?;
         let metadata = block::node(pool.metadata)?.display().to_string();
         self.note(&record.pool, "")?;
-        let reserved = self.dm.message(&tpool, "reserve_metadata_snap");
-        let outcome = reserved.map_err(StepError::from).and_then(|()| {
-            let root = thin::held_root(&self.dm.status_text_of(&tpool.uuid)?).flatten();
-            let root = root.ok_or_else(|| refused("the snapshot is gone"))?;
+        if let Err(error) = self.dm.message(&tpool, "reserve_metadata_snap") {
+            // Then there is none, or one of somebody who was faster.
+            fs::remove_file(self.note_path(&record.pool))?;
+            return Err(error.into());
+        }
+        let held = || Ok::<_, StepError>(thin::held_root(&self.dm.status_text_of(&tpool.uuid)?));
+        let outcome = held().and_then(|root| {
+            let root = root.flatten().ok_or_else(|| refused("the snapshot is gone"))?;
             self.note(&record.pool, &root.to_string())?;
             let id = volume.id.to_string();
             let args = ["--metadata-snap", "--dev-id", &id, &metadata];
             exec::run_lines("thin_dump", &args, DUMP, |line| dump.line(line))
-                .map_err(|error| StepError::Failed(error.to_string()))
+                .map_err(|error| StepError::Failed(error.to_string()))?;
+            if held()? != Some(Some(root)) {
+                return Err(refused("somebody else has dropped the snapshot"));
+            }
+            Ok(())
         });
         // Whatever came of it, and whoever takes the snapshot in this moment: only
         // the one that was noted is dropped.

@@ -50,6 +50,9 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// How much longer than a pause they go on before the next.
 const REST: u32 = 8;
 
+/// How often the clone is looked at meanwhile.
+const LOOK: Duration = Duration::from_millis(250);
+
 /// After this time what is left of the map is copied.
 const ENOUGH: Duration = Duration::from_secs(20);
 
@@ -85,9 +88,25 @@ impl RealKernel {
             if runs.is_empty() || Instant::now() > end {
                 break;
             }
-            thread::sleep(began.elapsed() * REST);
+            self.rest(&clone, began.elapsed() * REST)?;
         }
         self.here_for_good(&clone).map(drop)
+    }
+
+    /// Lets consumers go on for so long. A clone that can commit no more must be seen by
+    /// those who stop its consumers, and they wait for this.
+    fn rest(&self, clone: &DmName, long: Duration) -> Result<(), StepError> {
+        let end = Instant::now() + long;
+        loop {
+            match self.dm.clone_status(clone)? {
+                CloneStatus::Working { read_only: false, .. } => {}
+                status => return Err(StepError::Refused(format!("it rested: {status:?}"))),
+            }
+            match end.checked_duration_since(Instant::now()) {
+                Some(left) => thread::sleep(left.min(LOOK)),
+                None => return Ok(()),
+            }
+        }
     }
 
     /// Lets consumers wait, marks as many runs as there is time for, and lets them go
