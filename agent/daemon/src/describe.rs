@@ -12,7 +12,15 @@ use crate::{
 };
 
 /// Why a copy rests where it does; empty when there is nothing to say.
-pub fn describe(record: &Record, rest: Rest, progress: &Progress) -> String {
+pub fn describe(
+    record: &Record,
+    rest: Rest,
+    progress: &Progress,
+    inactive: Option<&str>,
+) -> String {
+    if let (Rest::Wait(Wait::Pool), Some(why)) = (rest, inactive) {
+        return format!("{}: {why}", at_rest(rest));
+    }
     let Some(receiving) = record.receiving() else { return at_rest(rest) };
     if let Some(failure) = &receiving.failure {
         return failure.why.clone();

@@ -189,6 +189,8 @@ pub struct Work {
     progress: Progress,
     rest: Option<Rest>,
     detail: String,
+    /// Why the pool's logical volumes could not be activated at the last try.
+    inactive: Option<String>,
     left: bool,
     /// Ask no other node now.
     silent: bool,
@@ -548,9 +550,13 @@ impl Volumes {
             if rest == Some(Rest::Wait(Wait::Pool)) {
                 let (kernel, pool) = (Arc::clone(&self.kernel), record.pool.clone());
                 let activated = tokio::task::spawn_blocking(move || kernel.activate(Some(&pool)));
-                if let Ok(Err(error)) = activated.await {
-                    debug!(volume = %slot.id, %error, "the pool is still away");
-                }
+                // Told only where the volume still waits after this.
+                let why = match activated.await {
+                    Ok(Ok(())) => "their volume group is active without them".to_owned(),
+                    Ok(Err(error)) => error.to_string(),
+                    Err(error) => error.to_string(),
+                };
+                work.inactive = Some(why);
             }
             if is_offered && let Err(error) = self.look_for_writes(&mut work).await {
                 debug!(volume = %slot.id, %error, "writes cannot be counted");
@@ -560,6 +566,9 @@ impl Volumes {
                 && work.detail != before
             {
                 warn!(volume = %slot.id, step = error.step(), %error, "will be tried again");
+            }
+            if work.rest == Some(Rest::Wait(Wait::Pool)) && work.detail != before {
+                warn!(volume = %slot.id, why = work.detail, "the pool is still away");
             }
             if work.record.is_none() {
                 self.leave(&slot, &mut work);
@@ -601,7 +610,9 @@ impl Volumes {
         match &outcome {
             Ok(rest) => {
                 work.rest = Some(*rest);
-                let detail = work.record.as_ref().map(|r| describe(r, *rest, &work.progress));
+                let inactive = work.inactive.as_deref();
+                let detail = work.record.as_ref();
+                let detail = detail.map(|r| describe(r, *rest, &work.progress, inactive));
                 work.detail = detail.unwrap_or_default();
             }
             Err(error) => {
