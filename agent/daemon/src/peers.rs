@@ -324,8 +324,8 @@ impl Peers for TlsPeers {
             grant_id: claim.grant.to_string(),
         };
         let answer = self.moves(peer)?.query_grant(request).await;
-        let v1::QueryGrantResponse { taken, released } = self.outcome(peer, answer)?;
-        Ok(GrantFate { taken, released })
+        let v1::QueryGrantResponse { taken, released, given_up } = self.outcome(peer, answer)?;
+        Ok(GrantFate { taken, released, given_up })
     }
 }
 

@@ -447,8 +447,10 @@ impl Service {
                 let held = tokio::task::spawn_blocking(move || kernel.held(&record))
                     .await?
                     .map_err(|source| ServiceError::Step { step: "look".into(), source })?;
+                // A borrower that forgot to say so may have given up long ago.
+                let given_up = self.fate_of_fenced(which.of(work.record.as_ref())?).await.given_up;
                 self.change(which.id, slot, work, Room::None, |known| {
-                    admit::abort(which.of(known.record)?, held)
+                    admit::abort_told(which.of(known.record)?, held, given_up)
                 })
                 .await?;
                 self.volumes.converge(slot, work).await.map(|_| ())
@@ -574,7 +576,7 @@ impl Service {
             .await
     }
 
-    /// Withdraws a grant that is not fenced.
+    /// Withdraws a grant that is not fenced, or that its borrower will never use.
     ///
     /// # Errors
     /// See [`admit::revoke`].
@@ -593,7 +595,7 @@ impl Service {
                 self.change(id, slot, work, Room::None, |known| {
                     let record = known.record.ok_or(Refusal::GrantUnknown(grant))?;
                     borrowed_by(record, grant, caller)?;
-                    admit::revoke(record, grant)
+                    admit::revoke(record, grant, caller.is_some())
                 })
                 .await?;
                 self.volumes.converge(slot, work).await.map(|_| ())

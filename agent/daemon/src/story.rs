@@ -4,6 +4,7 @@
 
 mod remote;
 mod snapshots;
+mod switching;
 
 use std::{
     sync::{Arc, Mutex, OnceLock},
@@ -120,7 +121,12 @@ impl Peers for Direct {
     }
 
     async fn revoke(&self, peer: &Peer, volume: VolumeId, claim: &Claim) -> Result<(), PeerError> {
-        refused(peer, self.at(peer)?.revoke(volume, claim.grant, None).await)
+        // No agent withdraws what it has not borrowed.
+        let there = self.at(peer)?;
+        let view =
+            there.volumes.copies(volume).into_iter().find(|view| view.record.lent().is_some());
+        let borrower = view.and_then(|view| Some(view.record.lent()?.to.node.clone()));
+        refused(peer, there.revoke(volume, claim.grant, borrower.as_deref()).await)
     }
 
     async fn query(

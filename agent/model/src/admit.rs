@@ -897,9 +897,17 @@ pub fn switch(record: &Record, force: bool) -> Result<Admitted, Refusal> {
 /// # Errors
 /// It is too late, or writes wait at the destination.
 pub fn abort(record: &Record, held_writes: u64) -> Result<Admitted, Refusal> {
+    abort_told(record, held_writes, false)
+}
+
+/// The same when the borrower has said that it gave up.
+///
+/// # Errors
+/// See [`abort`].
+pub fn abort_told(record: &Record, held_writes: u64, given_up: bool) -> Result<Admitted, Refusal> {
     match &record.phase {
-        Phase::Lent(lent) => revoke(record, lent.to.grant),
-        Phase::Relaying(relay) => revoke(record, relay.lent.to.grant),
+        Phase::Lent(lent) => revoke(record, lent.to.grant, given_up),
+        Phase::Relaying(relay) => revoke(record, relay.lent.to.grant, given_up),
         Phase::Receiving(receiving) => match receiving.stage {
             ReceivingStage::Held if held_writes > 0 && receiving.failure.is_none() => {
                 Err(Refusal::WrittenAtDestination { count: held_writes })
@@ -912,6 +920,10 @@ pub fn abort(record: &Record, held_writes: u64) -> Result<Admitted, Refusal> {
             | ReceivingStage::Linking
             | ReceivingStage::Aborting => journal(record, Event::AbortAsked),
             ReceivingStage::Withdrawing => Ok(Admitted::Already),
+            ReceivingStage::Switching if receiving.remote.is_none() => match held_writes {
+                0 => journal(record, Event::SwitchGivenUp),
+                count => Err(Refusal::WrittenAtDestination { count }),
+            },
             ReceivingStage::Switching
             | ReceivingStage::Hydrating
             | ReceivingStage::Collapsing
@@ -1093,13 +1105,21 @@ pub fn release(record: &Record, claim: &Claim) -> Result<Admitted, Refusal> {
 /// The grant is withdrawn. This and [`fence`] are one compare-and-set on the
 /// grant in this journal: whichever is journalled first, the other is refused.
 ///
+/// But the borrower's own word counts after the fence as well: it withdraws only
+/// once its journal says that it will never take the volume, so that nothing was
+/// written under the grant, and nothing will be.
+///
 /// # Errors
-/// The grant is not open here, or is fenced.
-pub fn revoke(record: &Record, grant: Uuid) -> Result<Admitted, Refusal> {
+/// The grant is not open here, or is fenced and the borrower has not said so.
+pub fn revoke(record: &Record, grant: Uuid, by_borrower: bool) -> Result<Admitted, Refusal> {
     let lent =
         record.lent().filter(|lent| lent.to.grant == grant).ok_or(Refusal::GrantUnknown(grant))?;
     match lent.stage {
         LentStage::Published | LentStage::Revoking => journal(record, Event::RevokeAsked),
+        // One that wrote here, through the export, gives the volume back instead.
+        LentStage::Fencing | LentStage::Fenced if by_borrower && lent.session == 0 => {
+            journal(record, Event::Untaken)
+        }
         LentStage::Fencing
         | LentStage::Fenced
         | LentStage::Releasing

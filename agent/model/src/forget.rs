@@ -1,11 +1,12 @@
 //! Giving up a source that is lost for ever, and what is left of one that comes back
 //! after all.
 //!
-//! A source is given up only by an operator, and only when it has fenced: then this
-//! node's copy is the volume, whatever it lacks. Nothing is invented for what it
-//! lacks: reads of it fail until it is rewritten. The source's copy stays fenced for
-//! ever; it goes when somebody deletes it, and the node that has the volume says that
-//! it reads it no more.
+//! A source is given up only by an operator. Before it has said that it is fenced,
+//! that means to give up the move: whoever waits to write here fails, and a source
+//! that comes back after all hears that it is the volume. Afterwards this node's copy
+//! is the volume, whatever it lacks. Nothing is invented for what it lacks: reads of it
+//! fail until it is rewritten. The source's copy stays fenced for ever; it goes when
+//! somebody deletes it, and the node that has the volume says that it reads it no more.
 
 use crate::{
     admit::{Admitted, Refusal, journal, not_failed, not_remote},
@@ -30,6 +31,14 @@ impl Lost {
         let regions = total.saturating_sub(hydrated);
         let bytes = regions.saturating_mul(receiving.region.bytes());
         Self { regions, bytes: bytes.min(receiving.length.bytes()) }
+    }
+
+    /// What is lost with a source that has not said that it is fenced: everything,
+    /// unless it comes back.
+    pub fn of_move(record: &Record) -> Option<Self> {
+        let receiving = record.receiving()?;
+        let switching = receiving.stage == ReceivingStage::Switching;
+        switching.then(|| Self::of(receiving, 0))
     }
 }
 
@@ -71,8 +80,11 @@ pub fn may_forget(record: &Record, alive: bool) -> Result<(), Refusal> {
         | S::Assembling
         | S::Held
         | S::Refused
-        | S::Switching
         | S::Aborting => Err(Refusal::SourceNotFenced(record.id)),
+        S::Switching => match alive {
+            true => Err(Refusal::SourceAlive { node: receiving.source.node.clone() }),
+            false => Ok(()),
+        },
         S::Remote | S::Localizing | S::Building | S::Clearing | S::Settling | S::Returning => {
             Err(Refusal::VolumeMoving(record.id))
         }
@@ -118,6 +130,10 @@ pub fn forget_source(record: &Record, alive: bool, committed: u64) -> Result<Adm
     if receiving.forgotten {
         return Ok(Admitted::Already);
     }
+    if receiving.stage == ReceivingStage::Switching {
+        // Nothing is here, and whether the source still has a writer is not known.
+        return journal(record, Event::SwitchGivenUp);
+    }
     if !loses(record) {
         return journal(record, Event::SourceForgotten);
     }
@@ -134,6 +150,8 @@ pub struct GrantFate {
     pub taken: bool,
     /// It took it, and the source's copy may go.
     pub released: bool,
+    /// It gave up unwritten, and will never take it.
+    pub given_up: bool,
 }
 
 /// What became of a grant, as the node knows that it was given to: by its copies of
@@ -144,7 +162,8 @@ pub fn fate<'a>(
     grant: uuid::Uuid,
 ) -> GrantFate {
     let buried = stone.is_some_and(|stone| stone.fate == Fate::Taken);
-    let mut fate = GrantFate { taken: buried, released: buried };
+    let given_up = stone.is_some_and(|stone| stone.fate == Fate::Aborted);
+    let mut fate = GrantFate { taken: buried, released: buried, given_up };
     for copy in copies {
         fate.taken |= copy.has_taken(grant);
         fate.released |= copy.has_done_with(grant);

@@ -5,12 +5,12 @@
 //!                          │   ▲ revoked                  │
 //!                 granted  ▼   │                          │ source released
 //!                        Lent: Published ─► Fencing ─► Fenced ─► Releasing ─► gone
-//!                                  └► Revoking
+//!                                  └► Revoking ◄──┴──────┘
 //!
 //! Receiving: Allocating ─► Zeroing ─► Assembling ─┬► Held ─┬► Switching ─► Hydrating
 //!                 │           │           │       └► cold ─┘                  ▼
-//!                 └───────────┴───────────┴─► Aborting ◄ Held, Refused   Collapsing
-//!                                                 ▼                           ▼
+//!                 └───────────┴───────────┴─► Aborting ◄ Held, Refused,  Collapsing
+//!                                                 ▼        Switching          ▼
 //!                                            Withdrawing ─► gone           Parting ─► Local
 //!            Hydrating, Collapsing, Parting ─► Discarding ─► Discarded ─► gone
 //!
@@ -207,6 +207,8 @@ pub enum Event {
     MetaRetired,
     /// The move is given up.
     AbortAsked,
+    /// The same while the source may have been fenced for it.
+    SwitchGivenUp,
     /// Nothing of the given-up move is left here.
     Retired,
     /// The copy cannot go on in this boot.
@@ -231,6 +233,8 @@ pub enum Event {
     Fenced,
     /// The grant is withdrawn.
     RevokeAsked,
+    /// The borrower will never take the volume, whatever it has asked for.
+    Untaken,
     /// Nothing of the export is left.
     Revoked,
     /// The grant's holder needs this copy no more.
@@ -394,6 +398,7 @@ impl Record {
                     Event::FenceAsked
                     | Event::Fenced
                     | Event::RevokeAsked
+                    | Event::Untaken
                     | Event::Revoked
                     | Event::ReleaseAsked
                     | Event::ServeAsked { .. }

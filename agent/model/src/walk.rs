@@ -123,7 +123,7 @@ struct Cluster {
 enum Message {
     Fence(Claim, bool),
     Release(Claim),
-    Revoke(Uuid),
+    Revoke(Uuid, bool),
     Serve(Claim, bool),
     Return(Claim),
 }
@@ -360,10 +360,11 @@ impl Cluster {
                 Next::AskThenForget(_) => {
                     let source = record.receiving().unwrap().source.clone();
                     let grant = source.grant;
-                    self.sent.push((number(&source.node), Message::Revoke(grant)));
-                    let answer = self
-                        .call(node, &source.node, |cluster, there| cluster.revoke(there, grant))?;
-                    assert!(!matches!(answer, Err(Refusal::GrantFenced(_))), "fenced unasked");
+                    self.sent.push((number(&source.node), Message::Revoke(grant, true)));
+                    let answer = self.call(node, &source.node, |cluster, there| {
+                        cluster.revoke(there, grant, true)
+                    })?;
+                    assert!(!matches!(answer, Err(Refusal::GrantFenced(_))), "fenced for good");
                     self.forget(at)?;
                 }
                 Next::Wait(Wait::Pool) => {
@@ -612,16 +613,16 @@ impl Cluster {
             Message::Serve(claim, forced) => self.serve(there, &claim, forced),
             Message::Return(claim) => self.reclaim(there, &claim),
             Message::Release(claim) => self.told_to_release(there, &claim),
-            Message::Revoke(grant) => self.revoke(there, grant),
+            Message::Revoke(grant, by_borrower) => self.revoke(there, grant, by_borrower),
         }
     }
 
-    fn revoke(&mut self, node: usize, grant: Uuid) -> Result<(), Stop> {
+    fn revoke(&mut self, node: usize, grant: Uuid, by_borrower: bool) -> Result<(), Stop> {
         if self.journals[node].stones.contains_key(&grant) {
             return Ok(());
         }
         let at = self.lent_under(node, grant)?;
-        self.request(at, |record| admit::revoke(known(record, at.id)?, grant))
+        self.request(at, |record| admit::revoke(known(record, at.id)?, grant, by_borrower))
     }
 
     fn request(
@@ -896,7 +897,7 @@ impl Cluster {
             && self.record(at).is_none()
         {
             // The caller's part: a definite refusal ends the grant.
-            let _ = self.revoke(from, grant);
+            let _ = self.revoke(from, grant, false);
         }
         outcome
     }
@@ -919,7 +920,20 @@ impl Cluster {
     fn abort(&mut self, node: usize) -> Result<(), Stop> {
         let id = self.id;
         let held = self.journals[node].newest(self.id).map(|r| self.world.look(node, r).held);
-        self.request_newest(node, |record| admit::abort(known(record, id)?, held.unwrap_or(0)))
+        let lent = self.journals[node].newest(self.id).and_then(Record::lent);
+        let given_up = match lent.filter(|lent| lent.stage == LentStage::Fenced) {
+            Some(lent) => {
+                let to = lent.to.clone();
+                let told = self.call(node, &to.node, |cluster, there| {
+                    Ok(Self::fate(&cluster.journals[there], to.grant).given_up)
+                })?;
+                told == Ok(true) || self.sabotage == Some(Sabotage::UndoesAnyFence)
+            }
+            None => false,
+        };
+        self.request_newest(node, |record| {
+            admit::abort_told(known(record, id)?, held.unwrap_or(0), given_up)
+        })
     }
 
     fn write(&mut self, node: usize, region: usize) {
@@ -1129,10 +1143,10 @@ impl Cluster {
                             false => self.localize(node),
                         };
                     }
-                    // A grant that nobody has received.
+                    // A grant that nobody has received, or will ever take.
                     if round > 50
                         && let Some(lent) = record.lent()
-                        && lent.stage == LentStage::Published
+                        && matches!(lent.stage, LentStage::Published | LentStage::Fenced)
                         && !self.is_received(&lent.to)
                     {
                         let _ = self.abort(node);

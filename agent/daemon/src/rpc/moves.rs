@@ -311,7 +311,11 @@ impl v1::moves_server::Moves for Face {
         let id = convert::volume_id(&request.volume_id).map_err(status)?;
         let grant = convert::uuid("grant_id", &request.grant_id).map_err(status)?;
         let fate = self.service.grant_fate(id, grant).map_err(status)?;
-        let answer = v1::QueryGrantResponse { taken: fate.taken, released: fate.released };
+        let answer = v1::QueryGrantResponse {
+            taken: fate.taken,
+            released: fate.released,
+            given_up: fate.given_up,
+        };
         Ok(Response::new(answer))
     }
 }

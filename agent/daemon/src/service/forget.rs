@@ -64,12 +64,13 @@ impl Service {
                     warn!(volume = %record.id, committed, "the source is given up");
                     self.volumes.put(slot, work, *record, Vec::new()).await?;
                 }
+                let given_up = Lost::of_move(&record);
                 if let Err(error) = self.volumes.converge(slot, work).await {
                     // It goes on by itself.
                     warn!(volume = %which.id, step = error.step(), %error, "not yet taken down");
                 }
                 let view = work.record.as_ref().and_then(|_| self.volumes.view(which.id));
-                let lost = view.as_ref().and_then(lost).unwrap_or_default();
+                let lost = given_up.or_else(|| view.as_ref().and_then(lost)).unwrap_or_default();
                 Ok(Forgotten { view, lost })
             })
             .await
@@ -90,8 +91,20 @@ impl Service {
         work: &mut Work,
     ) -> Result<bool, ServiceError> {
         let Some(record) = work.record.clone() else { return Ok(false) };
-        let Some(lent) = record.lent().filter(|lent| lent.stage == LentStage::Fenced) else {
+        if !self.fate_of_fenced(&record).await.released {
             return Ok(false);
+        }
+        if let Admitted::Journal(record) = forget::delete_fenced(&record, true)? {
+            self.volumes.put(slot, work, *record, Vec::new()).await?;
+        }
+        Ok(true)
+    }
+
+    /// What became of a fenced copy's grant, as its borrower says; without an answer
+    /// it stays what it is.
+    pub(super) async fn fate_of_fenced(&self, record: &Record) -> GrantFate {
+        let Some(lent) = record.lent().filter(|lent| lent.stage == LentStage::Fenced) else {
+            return GrantFate::default();
         };
         let claim = Claim {
             grant: lent.to.grant,
@@ -99,15 +112,8 @@ impl Service {
             generation: record.generation,
             session: 0,
         };
-        // Without an answer it stays what it is: fenced.
         let fate = self.volumes.peers.query(&Peer::from(&lent.to), record.id, &claim).await;
-        if !fate.is_ok_and(|fate| fate.released) {
-            return Ok(false);
-        }
-        if let Admitted::Journal(record) = forget::delete_fenced(&record, true)? {
-            self.volumes.put(slot, work, *record, Vec::new()).await?;
-        }
-        Ok(true)
+        fate.unwrap_or_default()
     }
 
     /// What this node knows of a grant that was given to it.

@@ -57,9 +57,10 @@ pub enum LentStage {
     /// The peer asked for the fence: writing ends.
     Fencing,
     /// Nobody on this node can write; everything acknowledged is on stable
-    /// storage. Only a release ends this.
+    /// storage. A release ends this, or the word of a borrower that will never take
+    /// the volume.
     Fenced,
-    /// The grant was withdrawn before it was fenced.
+    /// The grant is withdrawn: nothing was written under it, nor will be.
     Revoking,
     /// The peer has everything; this copy goes.
     Releasing,
@@ -83,6 +84,10 @@ impl Lent {
             let unflushed = self.stage == LentStage::Fencing && self.served_in.is_some();
             self.stage = unflushed.then_some(LentStage::Serving)?;
             return Some(());
+        }
+        if *event == Event::Untaken && self.session != 0 {
+            // Its consumers wrote here: it has been the one to write.
+            return None;
         }
         let stage = self.stage.after(event)?;
         match event {
@@ -118,6 +123,8 @@ impl LentStage {
             (Self::Fencing, Event::Fenced) => Self::Fenced,
             (Self::Fenced, Event::FenceAsked | Event::Fenced) => Self::Fenced,
             (Self::Published | Self::Revoking, Event::RevokeAsked) => Self::Revoking,
+            // Nobody else is going to write: what was closed may open again.
+            (Self::Fencing | Self::Fenced, Event::Untaken) => Self::Revoking,
             (Self::Fenced | Self::Releasing, Event::ReleaseAsked) => Self::Releasing,
             // One way only: once the export refuses writes again, it never takes any.
             (Self::Published | Self::Yielding, Event::ServeAsked { .. }) => Self::Yielding,

@@ -243,6 +243,13 @@ impl Receiving {
                 self.rebuild = None;
                 S::Aborting
             }
+            // The source's answer, whatever it is and whenever it comes, opens nothing
+            // any more.
+            (S::Switching, Event::SwitchGivenUp) => {
+                self.failure = None;
+                self.rebuild = None;
+                S::Aborting
+            }
             (S::Aborting, Event::Retired) => S::Withdrawing,
             (S::Hydrating | S::Collapsing | S::Parting | S::Discarding, Event::DeleteAsked) => {
                 self.failure = None;

@@ -100,6 +100,7 @@ const RECEIVING: &str = "
     Switching --SourceGrew--> Switching
     Switching --SourceFenced--> Hydrating
     Switching --SourceRefused--> Refused
+    Switching --SwitchGivenUp--> Aborting
     Switching --Failed--> Switching
     Refused --SwitchAsked--> Switching
     Refused --AbortAsked--> Aborting
@@ -146,11 +147,13 @@ fn events() -> Vec<Event> {
         Event::SourceForgotten,
         Event::MetaRetired,
         Event::AbortAsked,
+        Event::SwitchGivenUp,
         Event::Retired,
         Event::Failed(failure),
         Event::FenceAsked,
         Event::Fenced,
         Event::RevokeAsked,
+        Event::Untaken,
         Event::Revoked,
         Event::ReleaseAsked,
         Event::DeleteAsked,
@@ -468,4 +471,15 @@ fn a_copy_that_was_made_for_a_grant_goes_with_it() {
     let after = half_made.after(made.clone()).unwrap();
     assert_eq!((after.data.as_deref(), &after.lineage.template), (Some("data"), &None));
     assert!(after.after(made).is_err(), "it has its data");
+}
+
+#[test]
+fn a_fence_is_undone_only_where_nobody_wrote_under_it() {
+    for stage in [LentStage::Fencing, LentStage::Fenced] {
+        let unused = Lent { session: 0, served_in: None, ..lent(stage) };
+        let undone = record(Phase::Lent(unused)).after(Event::Untaken).unwrap();
+        assert_eq!(undone.lent().unwrap().stage, LentStage::Revoking);
+        assert_eq!(undone.after(Event::Revoked).unwrap().phase, Phase::Local);
+        assert!(record(Phase::Lent(lent(stage))).after(Event::Untaken).is_err());
+    }
 }

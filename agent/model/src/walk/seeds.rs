@@ -94,10 +94,12 @@ pub(super) enum Sabotage {
     LocalizesEarly,
     /// Consumers go on although the source has lost power under them.
     GoesOnWithoutItsSource,
+    /// A fence is undone for somebody else than its borrower.
+    UndoesAnyFence,
 }
 
 impl Sabotage {
-    const ALL: [Self; 25] = [
+    const ALL: [Self; 26] = [
         Self::FenceLeavesTheHandle,
         Self::FenceDoesNotFlush,
         Self::OpensUnasked,
@@ -123,6 +125,7 @@ impl Sabotage {
         Self::ReopensUnclosed,
         Self::LocalizesEarly,
         Self::GoesOnWithoutItsSource,
+        Self::UndoesAnyFence,
     ];
 
     /// A walk that trips over it, where random ones seldom do.
@@ -173,7 +176,8 @@ impl Sabotage {
             | Self::SeedsWhileCopying
             | Self::KeepsAMap
             | Self::SeedsAfterACut
-            | Self::ServesUnfenced => return Vec::new(),
+            | Self::ServesUnfenced
+            | Self::UndoesAnyFence => return Vec::new(),
         };
         late.into_iter().chain(then).collect()
     }
@@ -378,10 +382,11 @@ fn every_rule_that_is_broken_is_noticed() {
             assert_eq!(walk(&led, None), Ok(()), "{sabotage:?} is not what shows");
             let led = (!led.is_empty()).then_some(led);
             let random = (0..PATIENCE).map(|seed| (seed, ops_of(seed)));
-            let noticed = led.into_iter().map(|led| (0, led)).chain(random).find_map(|(seed, ops)| {
-                let why = walk(&ops, Some(sabotage)).err()?;
-                NOTICED.iter().any(|text| why.contains(text)).then_some((seed, why))
-            });
+            let noticed =
+                led.into_iter().map(|led| (0, led)).chain(random).find_map(|(seed, ops)| {
+                    let why = walk(&ops, Some(sabotage)).err()?;
+                    NOTICED.iter().any(|text| why.contains(text)).then_some((seed, why))
+                });
             match noticed {
                 Some((seed, why)) => {
                     println!("{sabotage:?}: seed {seed}: {}", why.lines().next().unwrap_or(""));
