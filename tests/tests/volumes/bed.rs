@@ -81,7 +81,9 @@ impl Bed {
             for node in self.cluster.nodes() {
                 fs::copy(node.console(), directory.join(format!("{}.console", node.name())))?;
                 let look = "journalctl --boot --no-pager; dmesg | tail -n 200; dmsetup table;
-                    dmsetup status --noflush; dmsetup info -c; dmlocalctl status --output json";
+                    dmsetup status --noflush; dmsetup info -c; dmlocalctl status --output json;
+                    ps axfww -o pid,ppid,stat,wchan:20,etimes,args; ls -l /dev/disk/by-id;
+                    timeout 20 lvs -a -o +lv_active,transaction_id,lv_tags";
                 let look = ["sh", "-c", look];
                 let text = match node.exec_with(&look, b"", SOON) {
                     Ok(output) => output.stdout + &output.stderr,
