@@ -97,6 +97,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     faults::a_source_that_lost_power_is_waited_for,
     faults::a_source_behind_a_pulled_cable_is_waited_for,
     lost::a_source_that_is_lost_for_ever_is_given_up,
+    lost::a_switch_whose_source_has_died_is_given_up,
     migrations::a_guest_migrates_while_it_writes,
     migrations::a_guest_whose_migration_is_cancelled_stays,
     migrations::a_guest_stays_whose_destination_loses_power,
