@@ -9,9 +9,9 @@ mod load;
 mod memory;
 mod sparse;
 
-use std::{fs, thread, time::Duration};
+use std::{fs, time::Duration};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use dmlocal_testbed::{Cluster, Node, Options};
 use serde_json::{Value, json};
 
@@ -23,6 +23,9 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// Rounds of copies and of fio.
 const COPIES: usize = 3;
 const WINDOWS: usize = 9;
+
+/// Volumes that are collapsed while they are written.
+const COLLAPSES: usize = 7;
 
 /// Seconds of writing during which a volume is collapsed.
 const COLLAPSE_S: u32 = 12;
@@ -92,26 +95,18 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         rows.push(bench.rss_idle()?);
     }
     if wanted(&["usable_1gib_over_64mib", "usable_over_full_copy", "hydration_over_dd"]) {
-        rows.extend(bench.copies()?);
+        rows.extend(run::part("copies", || bench.copies())?);
     }
-    let grows = wanted(&["rss_growth_200_rounds"]);
+    // Not side by side: what goes on beside them moves the two devices apart.
     if wanted(&["handle_over_lv_randread", "handle_over_lv_randwrite"]) {
         let moved = bench.moved(256)?;
-        // What one says of node-a's memory and the other of two devices of node-b, side
-        // by side, is the same whether the other node works or not.
-        thread::scope(|scope| -> Result<()> {
-            let memory = grows.then(|| scope.spawn(|| bench.rss_growth()));
-            rows.extend(bench.handle_over_lv(&moved)?);
-            if let Some(memory) = memory {
-                rows.push(memory.join().map_err(|_| anyhow!("a thread panicked"))??);
-            }
-            Ok(())
-        })?;
-    } else if grows {
-        rows.push(bench.rss_growth()?);
+        rows.extend(run::part("handle and LV", || bench.handle_over_lv(&moved))?);
+    }
+    if wanted(&["rss_growth_200_rounds"]) {
+        rows.push(run::part("memory", || bench.rss_growth())?);
     }
     if wanted(&["collapse_max_over_p999"]) {
-        rows.push(bench.collapse()?);
+        rows.push(run::part("collapses", || bench.collapse())?);
     }
     if full && wanted(&["switch_max_over_p999"]) {
         rows.push(bench.switch()?);
@@ -338,7 +333,7 @@ impl Bench<'_> {
     fn collapse(&self) -> Result<Row> {
         let mut ratios = Vec::new();
         let mut samples = Vec::new();
-        for _ in 0..WINDOWS {
+        for _ in 0..COLLAPSES {
             let id = self.volume(self.a, 16)?;
             // What was never written would be here before the guest is.
             let fill = format!("dmlocal-writer fill --device /dev/mapper/dmlocal-{id} --seed 1");
