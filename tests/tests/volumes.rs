@@ -146,6 +146,7 @@ const FULL: &[&str] = &[
     "agents_killed_while_parting_go_on",
     "a_destination_boots_while_its_source_is_away",
     "a_source_behind_a_pulled_cable_is_waited_for",
+    "a_switch_whose_source_has_died_is_given_up",
     "a_remote_volume_waits_for_a_pulled_cable",
     "a_remote_volume_is_localized_under_load",
     "a_full_pool_makes_a_move_remote_and_room_makes_it_local",
