@@ -24,9 +24,6 @@ const LIMIT: Duration = Duration::from_secs(600);
 const COPIES: usize = 3;
 const WINDOWS: usize = 9;
 
-/// Volumes that are collapsed while they are written.
-const COLLAPSES: usize = 7;
-
 /// Seconds of writing during which a volume is collapsed.
 const COLLAPSE_S: u32 = 12;
 
@@ -333,7 +330,7 @@ impl Bench<'_> {
     fn collapse(&self) -> Result<Row> {
         let mut ratios = Vec::new();
         let mut samples = Vec::new();
-        for _ in 0..COLLAPSES {
+        for _ in 0..WINDOWS {
             let id = self.volume(self.a, 16)?;
             // What was never written would be here before the guest is.
             let fill = format!("dmlocal-writer fill --device /dev/mapper/dmlocal-{id} --seed 1");
