@@ -109,6 +109,7 @@ pub fn a_remote_volume_waits_for_a_pulled_cable(bed: &Bed) -> Result<()> {
     volume.wait_until(b, "the source to be missed", LATER, |seen| {
         seen["stalled_since_s"].is_u64() && seen["state"] == "remote"
     })?;
+    // That nothing fails is no event that could be awaited: a while without one is.
     thread::sleep(Duration::from_secs(15));
     writer.check()?;
     a.set_link(true)?;
