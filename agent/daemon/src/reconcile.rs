@@ -733,7 +733,7 @@ impl Volumes {
         let hydrating = record.receiving().is_some_and(|r| r.stage == ReceivingStage::Hydrating);
         let (seen, usage) = tokio::task::spawn_blocking(move || {
             // A pool that cannot be asked counts as full.
-            let full = |_| PoolUsage { data: 1.0, metadata: 1.0 };
+            let full = |_| PoolUsage { data: 1.0, metadata: 1.0, zeroes: false };
             let usage = hydrating.then(|| kernel.pool_usage(&owned.pool).unwrap_or_else(full));
             (kernel.look(&owned), usage)
         })

@@ -76,8 +76,6 @@ enum Room<'a> {
     None,
     /// In this pool, before there is a record.
     In(&'a str),
-    /// The same, and LVM is asked first, because nobody is in a hurry.
-    Fresh(&'a str),
     /// In the record's pool.
     OfRecord,
 }
@@ -126,7 +124,7 @@ impl Service {
         self.volumes
             .with_newest(id, async |slot, work| {
                 let begun = self
-                    .change(id, slot, work, Room::Fresh(&pool), |known| {
+                    .change(id, slot, work, Room::In(&pool), |known| {
                         if known.handle.is_some() && known.record.is_none() {
                             return Err(left_over(id));
                         }
@@ -667,7 +665,7 @@ impl Service {
         {
             facts.used = (facts.size as f64 * usage.data) as u64;
         }
-        if !facts.zeroes {
+        if !usage.zeroes {
             return Err(missing("the thin pool does not zero new blocks").into());
         }
         let free = self.free(&config.name, &facts, config.overprovisioning);
@@ -737,7 +735,7 @@ impl Service {
             };
             match self.volumes.pool_facts(name, false).await {
                 Ok(Some(facts)) => {
-                    if !facts.zeroes {
+                    if !usage.zeroes {
                         warnings.push(format!("pool {name}: new blocks are not zeroed"));
                     }
                     if !facts.errors_when_full {
@@ -831,13 +829,9 @@ impl Service {
         let handle = self.volumes.handle(id).await?;
         let pool = match room {
             Room::None => None,
-            Room::In(pool) | Room::Fresh(pool) => Some(pool.to_owned()),
+            Room::In(pool) => Some(pool.to_owned()),
             Room::OfRecord => work.record.as_ref().map(|record| record.pool.clone()),
         };
-        if let (Some(pool), Room::Fresh(_)) = (&pool, &room) {
-            // Before the lock, which others wait for; what it says is remembered.
-            let _ = self.volumes.pool_facts(pool, true).await;
-        }
         let placing = match &pool {
             Some(_) => Some(self.placement.lock().await),
             None => None,

@@ -80,7 +80,8 @@ impl Kernel for FakeKernel {
     #[expect(clippy::cast_precision_loss, reason = "a share")]
     fn pool_usage(&self, _: &str) -> Result<PoolUsage, StepError> {
         let pool = self.pool.as_ref().ok_or_else(|| StepError::Failed("no pool".to_owned()))?;
-        Ok(PoolUsage { data: pool.used as f64 / pool.size as f64, metadata: 0.0 })
+        let data = pool.used as f64 / pool.size as f64;
+        Ok(PoolUsage { data, metadata: 0.0, zeroes: pool.zeroes })
     }
 
     fn port_is_free(&self, _: IpAddr, _: u16) -> bool {

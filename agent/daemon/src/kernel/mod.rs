@@ -70,13 +70,15 @@ pub struct PoolFacts {
     pub errors_when_full: bool,
 }
 
-/// Shares of a thin pool in use, 0 to 1.
+/// What a thin pool itself says at a moment: shares in use, 0 to 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PoolUsage {
     /// Of its data blocks.
     pub data: f64,
     /// Of its own metadata.
     pub metadata: f64,
+    /// Whether new chunks are zeroed before they are handed out.
+    pub zeroes: bool,
 }
 
 impl PoolUsage {
@@ -123,7 +125,7 @@ pub trait Kernel: Send + Sync + 'static {
     /// LVM cannot be asked.
     fn pool(&self, name: &str) -> Result<Option<PoolFacts>, StepError>;
 
-    /// How much of a pool is in use, without asking LVM.
+    /// What a pool is like at this moment, without asking LVM.
     ///
     /// # Errors
     /// The pool is not active.

@@ -202,7 +202,9 @@ impl RealKernel {
         }
         let vg = self.vg(&record.pool)?;
         let (data_name, meta_name) = plan::lv_names(record);
-        let mut wanted = vec![(meta_name, journalled)];
+        // Only a copy that is received, or was to be, has clone metadata.
+        let meta = record.receiving().map(|_| (meta_name, journalled));
+        let mut wanted: Vec<_> = meta.into_iter().collect();
         if data_too {
             wanted.push((data_name, record.data.as_ref()));
         }
@@ -457,7 +459,10 @@ impl Kernel for RealKernel {
         }
         let tpool = tpool.ok_or_else(|| StepError::Failed(format!("pool {name} was not seen")))?;
         let status = self.dm.status_text_of(&tpool)?;
-        usage(&status).ok_or_else(|| StepError::Failed(format!("thin pool status `{status}`")))
+        let (kind, params) = self.dm.table_text_of(&tpool)?;
+        let zeroes = thin::Pool::parse(&kind, &params).is_some_and(|pool| pool.zeroes);
+        usage(&status, zeroes)
+            .ok_or_else(|| StepError::Failed(format!("thin pool status `{status}`")))
     }
 
     fn ours(&self) -> Result<Vec<String>, StepError> {
@@ -715,14 +720,14 @@ fn held_writes(status: &str) -> Option<u64> {
 
 /// Used blocks over all, of metadata and of data: the second and the third word of
 /// a thin pool's status (drivers/md/dm-thin.c, `pool_status`).
-fn usage(status: &str) -> Option<PoolUsage> {
+fn usage(status: &str, zeroes: bool) -> Option<PoolUsage> {
     let mut words = status.split_ascii_whitespace().skip(1);
     let mut share = || {
         let (used, total) = words.next()?.split_once('/')?;
         let (used, total): (f64, f64) = (used.parse().ok()?, total.parse().ok()?);
         (total > 0.0).then(|| used / total)
     };
-    Some(PoolUsage { metadata: share()?, data: share()? })
+    Some(PoolUsage { metadata: share()?, data: share()?, zeroes })
 }
 
 fn address(export: &ExportName) -> Result<IpAddr, StepError> {
@@ -793,9 +798,10 @@ mod test {
     #[test]
     fn a_thin_pool_tells_how_much_of_it_is_in_use() {
         let status = "1 12/1024 512/16384 - rw no_discard_passdown error_if_no_space - 1024";
-        let seen = PoolUsage { metadata: 12.0 / 1024.0, data: 512.0 / 16384.0 };
-        assert_eq!(usage(status), Some(seen));
+        let (metadata, data) = (12.0 / 1024.0, 512.0 / 16384.0);
+        let seen = PoolUsage { metadata, data, zeroes: true };
+        assert_eq!(usage(status, true), Some(seen));
         assert_eq!(seen.scarcest(), seen.data);
-        assert_eq!(usage("Fail"), None);
+        assert_eq!(usage("Fail", true), None);
     }
 }

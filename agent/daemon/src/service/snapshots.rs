@@ -54,7 +54,7 @@ impl Service {
                 async |(slot, work), (_, source)| {
                     self.begin_anew(slot, work).await?;
                     let pool = beside(source);
-                    let room = pool.as_deref().map_or(Room::None, Room::Fresh);
+                    let room = pool.as_deref().map_or(Room::None, Room::In);
                     let begun = self
                         .change(id, slot, work, room, |known| {
                             let source = source.record.as_ref();
@@ -129,7 +129,7 @@ impl Service {
             .with_both(copy, source, async |(slot, work), (_, source)| {
                 self.begin_anew(slot, work).await?;
                 let pool = beside(source).map(|pool| named.clone().unwrap_or(pool));
-                let room = pool.as_deref().map_or(Room::None, Room::Fresh);
+                let room = pool.as_deref().map_or(Room::None, Room::In);
                 let begun = self
                     .change(id, slot, work, room, |known| {
                         if known.handle.is_some() && known.record.is_none() {
@@ -167,7 +167,7 @@ impl Service {
                 self.begin_anew(slot, work).await?;
                 let spent = self.volumes.tombstone(to.grant)?.is_some();
                 let pool = beside(source);
-                let room = pool.as_deref().map_or(Room::None, Room::Fresh);
+                let room = pool.as_deref().map_or(Room::None, Room::In);
                 let begun = self
                     .change(id, slot, work, room, |known| {
                         let made = Made { origin, record: source.record.as_ref() };
