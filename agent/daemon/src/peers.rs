@@ -1,15 +1,15 @@
 //! Questions to other nodes' agents, each with a deadline.
 
-use std::{collections::BTreeMap, sync::Mutex, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, sync::Mutex, time::Duration};
 
 use async_trait::async_trait;
 use dmlocal_model::{
-    admit::Claim,
+    admit::{Claim, CopyRequest},
     forget::GrantFate,
     name::{Generation, VolumeId},
     seeding::{AllocationMap, Unwritten},
     units::Sectors,
-    volume::Borrower,
+    volume::{Borrower, ExportName},
 };
 use dmlocal_proto::v1;
 use tonic::{
@@ -27,6 +27,9 @@ const CONNECT: Duration = Duration::from_secs(5);
 
 /// Longest wait for a peer's answer: a fence writes the page cache back first.
 const ANSWER: Duration = Duration::from_secs(60);
+
+/// Longest wait for a copy at a source: a volume here is not looked after meanwhile.
+const COPY: Duration = Duration::from_secs(20);
 
 /// Why a peer did not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -93,6 +96,14 @@ pub trait Peers: Send + Sync + 'static {
         claim: &Claim,
         region: Sectors,
     ) -> Result<AllocationMap, PeerError>;
+
+    /// What is fenced there is copied for a snapshot here: how that copy is exported,
+    /// and its size in bytes.
+    async fn copy(
+        &self,
+        peer: &Peer,
+        request: &CopyRequest,
+    ) -> Result<(ExportName, u64), PeerError>;
 
     /// Nobody there writes any more, and what is written here is taken there; the
     /// answer is the volume's size in bytes. `force` as for a fence.
@@ -260,6 +271,30 @@ impl Peers for TlsPeers {
         })
     }
 
+    async fn copy(
+        &self,
+        peer: &Peer,
+        request: &CopyRequest,
+    ) -> Result<(ExportName, u64), PeerError> {
+        let claim = &request.claim;
+        let mut asked = tonic::Request::new(v1::GrantCopyRequest {
+            id: request.id.to_string(),
+            incarnation: request.incarnation.to_string(),
+            grant_id: request.grant.to_string(),
+            volume_id: request.volume.to_string(),
+            volume_grant_id: claim.grant.to_string(),
+            volume_incarnation: claim.incarnation.to_string(),
+            volume_generation: claim.generation.0,
+        });
+        asked.set_timeout(COPY);
+        let answer = self.moves(peer)?.grant_copy(asked).await;
+        let answer = self.outcome(peer, answer)?;
+        export_of(&answer).map(|export| (export, answer.size_bytes)).ok_or_else(|| {
+            let why = "its answer is malformed".to_owned();
+            PeerError::Unreachable { node: peer.node.clone(), why }
+        })
+    }
+
     async fn serve(
         &self,
         peer: &Peer,
@@ -327,6 +362,18 @@ impl Peers for TlsPeers {
         let v1::QueryGrantResponse { taken, released, given_up } = self.outcome(peer, answer)?;
         Ok(GrantFate { taken, released, given_up })
     }
+}
+
+/// How a source exports what it has granted; none if it is malformed.
+fn export_of(answer: &v1::Grant) -> Option<ExportName> {
+    answer.address.parse::<IpAddr>().ok()?;
+    Some(ExportName {
+        subsystem_nqn: answer.subsystem_nqn.clone(),
+        namespace_uuid: answer.namespace_uuid.parse().ok()?,
+        namespace_nguid: answer.namespace_nguid.parse().ok()?,
+        address: answer.address.clone(),
+        port: u16::try_from(answer.port).ok().filter(|port| *port > 0)?,
+    })
 }
 
 /// What a source says of its copy; none if it is malformed.

@@ -21,7 +21,7 @@ use std::{
 };
 
 use dmlocal_model::{
-    admit::{Claim, Evidence, Refusal},
+    admit::{Claim, CopyRequest, Evidence, Refusal},
     name::{Generation, Role, VolumeId},
     plan::{self, Call, Device, Next, Seen, Step, Wait},
     schedule,
@@ -836,7 +836,7 @@ impl Volumes {
             Step::Announce(_) => work.progress.announced = outcome.is_ok(),
             // Counted down rather than asked for again: LVM is slow to answer, and
             // refuses by itself what does not fit.
-            Step::Allocate { meta: Some(meta), .. } => {
+            Step::Allocate { meta: Some(meta), .. } | Step::Fork { meta, .. } => {
                 if let Some(facts) = locked(&self.pools).get_mut(&record.pool) {
                     facts.free_outside = facts.free_outside.saturating_sub(*meta);
                 }
@@ -907,7 +907,7 @@ impl Volumes {
         if matches!(event, Event::Seeded | Event::SeedingSkipped) {
             work.source_map.forget();
         }
-        let fenced = event == Event::SourceFenced;
+        let fenced = matches!(event, Event::SourceFenced | Event::Forked { .. });
         let mut after =
             record.after(event).map_err(|error| ServiceError::Internal(error.to_string()))?;
         if fenced {
@@ -1008,6 +1008,20 @@ impl Volumes {
                     Err(error) => Err(error.into()),
                 }
             }
+            (Call::Copy, Some(receiving), _) => {
+                let nothing = || ServiceError::Internal("it is made of nothing".into());
+                let request = CopyRequest::of(record).ok_or_else(nothing)?;
+                let (peer, _) = source_of(record, receiving);
+                match self.peers.copy(&peer, &request).await? {
+                    (export, size) if size == receiving.length.bytes() => {
+                        Ok(Event::CopyGranted(export))
+                    }
+                    (_, size) => Err(ServiceError::SizeMismatch {
+                        source_bytes: size,
+                        here: receiving.length.bytes(),
+                    }),
+                }
+            }
             (Call::Release, Some(_), _) => {
                 self.take_leave(record, call).await.map(|()| Event::SourceReleased)
             }
@@ -1042,7 +1056,7 @@ impl Volumes {
         let answer = match call {
             Call::Release => self.peers.release(&peer, record.id, &claim).await,
             Call::Return => self.peers.give_back(&peer, record.id, &claim).await,
-            Call::Fence | Call::Serve | Call::Revoke | Call::QueryGrant => {
+            Call::Fence | Call::Serve | Call::Copy | Call::Revoke | Call::QueryGrant => {
                 self.peers.revoke(&peer, record.id, &claim).await
             }
         };
@@ -1082,6 +1096,14 @@ impl Volumes {
         tokio::task::spawn_blocking(move || kernel.handle(id))
             .await?
             .map_err(|source| ServiceError::Step { step: "look".into(), source })
+    }
+
+    /// Journals that a grant which was never given is spent.
+    ///
+    /// # Errors
+    /// The journal cannot be written.
+    pub fn bury(&self, stone: &Tombstone) -> Result<(), ServiceError> {
+        Ok(tokio::task::block_in_place(|| self.store.bury(stone))?)
     }
 
     /// The tombstone of a grant.

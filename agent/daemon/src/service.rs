@@ -561,6 +561,10 @@ impl Service {
                 if is_done(&stone, id, work) {
                     return Ok(());
                 }
+                let lent = work.record.as_ref().and_then(Record::lent);
+                if stone.is_none() && lent.is_none_or(|lent| lent.to.grant != claim.grant) {
+                    self.volumes.bury(&admit::never_granted(id, claim))?;
+                }
                 self.change(id, slot, work, Room::None, |known| {
                     let record = known.record.ok_or(Refusal::GrantUnknown(claim.grant))?;
                     borrowed_by(record, claim.grant, caller)?;

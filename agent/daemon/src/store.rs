@@ -182,6 +182,14 @@ impl Store {
         })
     }
 
+    /// Writes a tombstone of a grant that no record belongs to.
+    ///
+    /// # Errors
+    /// The write failed, now or earlier.
+    pub fn bury(&self, stone: &Tombstone) -> Result<(), StoreError> {
+        self.write(|write| bury(write, std::slice::from_ref(stone)))
+    }
+
     fn write(
         &self,
         change: impl FnOnce(&redb::WriteTransaction) -> Result<(), StoreError>,

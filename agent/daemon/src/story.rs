@@ -2,6 +2,7 @@
 //! failure or the process's death at every single action, and what bad requests
 //! get.
 
+mod forks;
 mod remote;
 mod snapshots;
 mod switching;
@@ -13,7 +14,7 @@ use std::{
 
 use async_trait::async_trait;
 use dmlocal_model::{
-    admit::{Change, Claim, Offer, Refusal, Which},
+    admit::{Change, Claim, CopyRequest, Offer, Refusal, Which},
     forget::GrantFate,
     name::{Generation, VolumeId},
     plan::Seen,
@@ -21,7 +22,7 @@ use dmlocal_model::{
     sim::{Io, REGION_BYTES, REGIONS, VOLUME_BYTES, World},
     table::CloneStatus,
     units::Sectors,
-    volume::{Borrower, LentStage, Phase, ReceivingStage, Source},
+    volume::{Borrower, ExportName, LentStage, Phase, ReceivingStage, Source},
 };
 use tokio::{sync::Notify, time::timeout};
 use uuid::Uuid;
@@ -95,6 +96,16 @@ impl Peers for Direct {
         region: Sectors,
     ) -> Result<AllocationMap, PeerError> {
         refused(peer, self.at(peer)?.allocation(volume, claim, region, None).await)
+    }
+
+    async fn copy(
+        &self,
+        peer: &Peer,
+        request: &CopyRequest,
+    ) -> Result<(ExportName, u64), PeerError> {
+        let granted = refused(peer, self.at(peer)?.grant_copy(request.clone(), None).await)?;
+        let export = granted.record.lent().unwrap().export.clone();
+        Ok((export, granted.record.size.bytes()))
     }
 
     async fn serve(

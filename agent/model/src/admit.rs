@@ -1,6 +1,7 @@
 //! Whether a request may be granted, and what the journal then says: pure, and
 //! complete before anything is changed.
 
+mod moving;
 mod remote;
 mod snapshots;
 
@@ -8,6 +9,7 @@ use uuid::Uuid;
 
 pub(crate) use self::remote::not_remote;
 pub use self::{
+    moving::{CopyRequest, grant_copy, never_granted, reachable},
     remote::{fence_served, localize, receive_remote, reclaim, serve},
     snapshots::{
         SnapshotRequest, Source as Made, create_of, delete_snapshot, grant_of, revert,
@@ -204,6 +206,14 @@ pub enum Refusal {
         /// The source.
         node: String,
     },
+    /// What is still missing is at a source that cannot be read.
+    #[error("volume {id} lacks what is on {node}, which does not answer")]
+    SourceAway {
+        /// The volume.
+        id: VolumeId,
+        /// Its source.
+        node: String,
+    },
     /// The source has not said that it is fenced.
     #[error("volume {0} has nothing here yet: its source is not fenced, or was a moment ago")]
     SourceNotFenced(VolumeId),
@@ -320,6 +330,7 @@ impl Refusal {
             Self::SettingOutOfRange { .. } => "SETTING_OUT_OF_RANGE",
             Self::ChainTooDeep { .. } => "CHAIN_TOO_DEEP",
             Self::SourceAlive { .. } => "SOURCE_ALIVE",
+            Self::SourceAway { .. } => "SOURCE_AWAY",
             Self::SourceNotFenced(_) => "SOURCE_NOT_FENCED",
             Self::RegionsLost { .. } => "REGIONS_LOST",
             Self::SourceActive(_) => "SOURCE_ACTIVE",
@@ -924,7 +935,9 @@ pub fn abort_told(record: &Record, held_writes: u64, given_up: bool) -> Result<A
                 0 => journal(record, Event::SwitchGivenUp),
                 count => Err(Refusal::WrittenAtDestination { count }),
             },
-            ReceivingStage::Switching
+            ReceivingStage::Requesting
+            | ReceivingStage::Forking
+            | ReceivingStage::Switching
             | ReceivingStage::Hydrating
             | ReceivingStage::Collapsing
             | ReceivingStage::Parting

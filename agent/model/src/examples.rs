@@ -15,8 +15,8 @@ use crate::{
     table::{CloneStatus, Table, Target},
     units::{DevNo, Sectors},
     volume::{
-        Borrower, Event, ExportName, Failure, Lent, LentStage, Lineage, Phase, Rebuild, Receiving,
-        ReceivingStage, Record, Relay, Source, Taken, Template,
+        Borrower, Event, ExportName, Failure, Lent, LentStage, Lineage, Moving, Phase, Rebuild,
+        Receiving, ReceivingStage, Record, Relay, Source, Taken, Template,
     },
 };
 

@@ -85,9 +85,14 @@ pub fn may_forget(record: &Record, alive: bool) -> Result<(), Refusal> {
             true => Err(Refusal::SourceAlive { node: receiving.source.node.clone() }),
             false => Ok(()),
         },
-        S::Remote | S::Localizing | S::Building | S::Clearing | S::Settling | S::Returning => {
-            Err(Refusal::VolumeMoving(record.id))
-        }
+        S::Requesting
+        | S::Forking
+        | S::Remote
+        | S::Localizing
+        | S::Building
+        | S::Clearing
+        | S::Settling
+        | S::Returning => Err(Refusal::VolumeMoving(record.id)),
         S::Collapsing | S::Parting | S::Withdrawing | S::Discarding | S::Discarded => Ok(()),
         S::Hydrating if receiving.forgotten => Ok(()),
         // Fenced, but nothing of it is here yet.

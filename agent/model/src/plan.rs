@@ -144,6 +144,16 @@ pub enum Step {
         /// What the data LV is to be a thin snapshot of; none for a blank one.
         of: Option<Template>,
     },
+    /// Make the data LV a thin snapshot of one that is still hydrating, and the metadata
+    /// LV a copy of its clone metadata, both of one moment: nothing is being copied, the
+    /// metadata is committed, and consumers wait meanwhile. Their wait is bounded, and
+    /// ends whatever comes of it. Yields `Event::Forked`.
+    Fork {
+        /// What it is to be a snapshot of.
+        of: Template,
+        /// Size of the metadata LV in bytes.
+        meta: u64,
+    },
     /// Grow the data LV; what is as large already stays.
     Grow {
         /// Its new size.
@@ -257,6 +267,8 @@ pub enum Call {
     Serve,
     /// To the source: it is the volume again.
     Return,
+    /// To the source: make a copy of what is fenced, for a snapshot.
+    Copy,
     /// To the source: let go.
     Release,
     /// To the source: withdraw the grant.
@@ -297,9 +309,8 @@ pub enum Next {
     Do(Vec<Step>),
     /// Do this, then journal that it is done.
     DoThen(Step, Event),
-    /// Do all of these at the same time; the first is `Step::Allocate`, and the
-    /// `Allocated` event that it yields is to be journalled even if another
-    /// fails.
+    /// Do all of these at the same time; the first is `Step::Allocate` or `Step::Fork`,
+    /// and the event that it yields is to be journalled even if another fails.
     Allocate(Vec<Step>),
     /// Commit the clone's metadata and journal how many regions are here for
     /// good.
@@ -361,7 +372,9 @@ pub fn needs_source(record: &Record) -> bool {
         | S::Building
         | S::Clearing
         | S::Settling => true,
-        S::Linking
+        S::Requesting
+        | S::Forking
+        | S::Linking
         | S::Returning
         | S::Allocating
         | S::Zeroing
@@ -530,10 +543,12 @@ impl Plan<'_> {
             return match lent.stage {
                 // Nothing was exported yet.
                 LentStage::Revoking => Next::Journal(Event::Revoked),
+                LentStage::Releasing => self.releasing(lent),
+                // For a snapshot elsewhere: nobody there was told that it exists.
+                LentStage::Fenced if !self.seen.asked => Next::Journal(Event::ReleaseAsked),
                 LentStage::Published
                 | LentStage::Fencing
                 | LentStage::Fenced
-                | LentStage::Releasing
                 | LentStage::Yielding
                 | LentStage::Serving
                 | LentStage::Reclaiming => self.creating(),
@@ -648,6 +663,9 @@ impl Plan<'_> {
             return self.failed(failure);
         }
         match receiving.stage {
+            S::Requesting | S::Forking if !self.seen.asked => Next::Journal(Event::DeleteAsked),
+            S::Requesting => Next::Ask(Call::Copy),
+            S::Forking => self.forking(receiving),
             S::Allocating => self.allocating(receiving),
             S::Aborting => self.aborting(receiving),
             S::Withdrawing | S::Discarded if receiving.forgotten => Next::Forget(Vec::new()),
@@ -730,6 +748,16 @@ impl Plan<'_> {
             steps.push(Step::Connect(receiving.source.export.clone()));
         }
         Next::Allocate(steps)
+    }
+
+    /// A snapshot of what is still hydrating is of the moment at which it was asked for,
+    /// as every copy is; what it lacks is at the source for its sake by now.
+    fn forking(&self, receiving: &Receiving) -> Next {
+        let Some(of) = self.record.lineage.template.clone() else {
+            return Next::Wait(Wait::Operator);
+        };
+        let meta = hydration::metadata_bytes(self.record.size, receiving.region);
+        Next::Allocate(vec![Step::Fork { of, meta }])
     }
 
     fn above_meta(&self, receiving: &Receiving, data: &Lv, meta: &Lv) -> Next {

@@ -10,6 +10,8 @@
 //! pointed when the table is swapped; device numbers are reused at once; loading and
 //! resuming are two actions. Every action can be the last one before a crash.
 
+mod fork;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use uuid::Uuid;
@@ -199,6 +201,10 @@ pub struct World {
     waiting: BTreeSet<(usize, String, usize)>,
     /// Copying begins while what was never written is being marked.
     pub careless: bool,
+    /// Copying goes on while a snapshot is taken of what it has not brought yet.
+    pub torn: bool,
+    /// Such a snapshot is taken of what is known to be here on the disk.
+    pub uncommitted: bool,
     /// Writes of handles that wait for a source: node, the way to the source, region,
     /// value.
     sent: Vec<(usize, DevNo, usize, u64)>,
@@ -219,6 +225,8 @@ impl World {
             released: vec![],
             waiting: BTreeSet::new(),
             careless: false,
+            torn: false,
+            uncommitted: false,
             sent: Vec::new(),
             late: Vec::new(),
             serial: 1,
@@ -988,6 +996,7 @@ impl World {
                 };
                 return Ok(Some(Event::Allocated { data, meta }));
             }
+            Step::Fork { of, meta } => return self.fork(node, record, of, *meta).map(Some),
             Step::Grow { to, meta: meta_size } => {
                 self.act()?;
                 if let Some(lv) = self.nodes[node].lvs.get_mut(&data) {
@@ -1157,6 +1166,7 @@ impl World {
                 self.flush(node, *number);
             }
             Step::Allocate { .. }
+            | Step::Fork { .. }
             | Step::Grow { .. }
             | Step::RetireMeta
             | Step::RetireAll

@@ -26,6 +26,9 @@
 //! Lent, to a borrower that keeps no copy: Published ─► Yielding ─► Serving ─┬► Fencing
 //!                                                       Local ◄─ Reclaiming ◄┘
 //!
+//! Snapshot of a volume that is Hydrating: Requesting ─┬► Forking ─┬► Hydrating
+//!                                                     └───────────┴► Discarding
+//!
 //! Relaying: a copy that is received and lent at once; each side goes its own way
 //!           until one of them ends (► Lent, ► Receiving) or both do (► gone).
 //!
@@ -38,6 +41,7 @@
 //! Nothing here refuses or allows a request of a caller; that is
 //! [`crate::admit`]'s work.
 
+mod export;
 mod lent;
 mod lineage;
 mod receiving;
@@ -50,13 +54,13 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 pub use self::{
+    export::ExportName,
     lent::{Borrower, Lent, LentStage},
-    lineage::{Lineage, Origin, Revert, RevertStage, Taken, Template},
+    lineage::{Lineage, Moving, Origin, Revert, RevertStage, Taken, Template},
     receiving::{Failure, Rebuild, Receiving, ReceivingStage, Source},
     remote::Remote,
     tombstone::{Fate, Tombstone},
 };
-
 use crate::{
     hydration::Tuning,
     name::{Generation, VolumeId},
@@ -134,23 +138,6 @@ pub struct Relay {
     pub lent: Lent,
 }
 
-/// Identity of an export; random per grant and never used again, so that a
-/// late replay of an old connection meets nothing.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ExportName {
-    /// NQN of the subsystem.
-    pub subsystem_nqn: String,
-    /// UUID of the namespace.
-    pub namespace_uuid: Uuid,
-    /// NGUID of the namespace.
-    pub namespace_nguid: Uuid,
-    /// Address on which it listens.
-    pub address: String,
-    /// TCP port on which it listens; one export a port.
-    pub port: u16,
-}
-
 /// Something that has happened and is to be journalled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
@@ -160,6 +147,18 @@ pub enum Event {
         data: String,
         /// UUID of the clone metadata LV.
         meta: Option<String>,
+    },
+    /// The source has made a copy of what it has fenced, and exports it so.
+    CopyGranted(ExportName),
+    /// A snapshot of a copy that is still on its way was taken, together with what that
+    /// copy knows to be here.
+    Forked {
+        /// UUID of the data LV.
+        data: String,
+        /// UUID of the clone metadata LV.
+        meta: String,
+        /// Regions that are here for good.
+        floor: u64,
     },
     /// The data LV has its new size.
     Grown,
@@ -375,6 +374,9 @@ impl Record {
             }
             (Phase::Receiving(receiving), event) => {
                 let (data, done) = receiving.after(event);
+                if data.is_some() {
+                    self.lineage.template = None;
+                }
                 self.data = data.or(self.data);
                 done.ok_or(illegal)?;
             }

@@ -10,6 +10,7 @@
 //! and the others have nothing.
 
 mod copies;
+mod forks;
 mod seeding;
 mod seeds;
 
@@ -126,6 +127,7 @@ enum Message {
     Revoke(Uuid, bool),
     Serve(Claim, bool),
     Return(Claim),
+    Copy(admit::CopyRequest, usize),
 }
 
 fn name(node: usize) -> String {
@@ -494,6 +496,7 @@ impl Cluster {
                 }
             }
             Call::Release => self.release(node, record).map(|()| Event::SourceReleased),
+            Call::Copy => self.ask_for_copy(at, record),
             Call::Return | Call::Revoke => unreachable!("not asked this way"),
         }
     }
@@ -545,7 +548,13 @@ impl Cluster {
         if self.journals[node].stones.contains_key(&claim.grant) {
             return Ok(());
         }
-        let at = self.lent_under(node, claim.grant)?;
+        let at = match self.lent_under(node, claim.grant) {
+            Err(refused) => {
+                self.never_granted(node, claim);
+                return Err(refused);
+            }
+            Ok(at) => at,
+        };
         self.admit(at, |record| admit::release(known(record, at.id)?, claim)).map(drop)
     }
 
@@ -614,6 +623,7 @@ impl Cluster {
             Message::Return(claim) => self.reclaim(there, &claim),
             Message::Release(claim) => self.told_to_release(there, &claim),
             Message::Revoke(grant, by_borrower) => self.revoke(there, grant, by_borrower),
+            Message::Copy(request, from) => self.copy_for(there, &request, from),
         }
     }
 

@@ -1,12 +1,12 @@
 //! Snapshots, and volumes that are made of them, here and elsewhere.
 
-use std::fs;
+use std::{fs, thread, time::Duration};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use dmlocal_testbed::Node;
 use serde_json::Value;
 
-use crate::bed::{Bed, SOON, Volume, ctl, kill_agent, refused, until};
+use crate::bed::{Bed, LATER, SOON, Volume, ctl, kill_agent, refused, until};
 
 pub fn new_id() -> Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().to_owned())
@@ -183,4 +183,80 @@ pub fn a_volume_is_made_of_a_snapshot_on_another_node(bed: &Bed) -> Result<()> {
     ctl(b, &format!("volume detach {copy}"))?;
     ctl(b, &format!("volume delete {copy}"))?;
     volume.delete(a)
+}
+
+fn available(on: &Node, snapshot: &str) -> Result<()> {
+    until("the snapshot to be whole", LATER, || match listed(on, snapshot)? {
+        Some(one) if one["state"] == "available" => Ok(Ok(())),
+        seen => Ok(Err(format!("{seen:?}"))),
+    })
+}
+
+pub fn a_snapshot_of_a_hydrating_volume_is_of_its_moment(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.a(), bed.b());
+    let volume = Volume::create_full(a, 64)?;
+    volume.write(a, "--count 100")?.stop(a)?;
+    volume.move_slowly(a, b)?;
+    volume.carry_state(a, b)?;
+    let writer = volume.write(b, "--rate 50")?;
+    writer.progress()?;
+    let (snapshot, doomed, killed) = (new_id()?, new_id()?, new_id()?);
+    let take = |snapshot: &str| format!("snapshot create {snapshot} --volume {}", volume.id);
+    // What the state says is settled before was acknowledged, and what was begun after it
+    // cannot be in it.
+    let state = format!("/root/{}.state", volume.id);
+    b.shell(&format!("cp {state} /root/moment.state"))?.ok()?;
+    let taken = ctl(b, &take(&snapshot))?;
+    b.shell(&format!("cp {state} /root/later.state"))?.ok()?;
+    ensure!(taken["state"] == "hydrating" && taken["source_node"] == "node-a", "{taken}");
+    let again = ctl(b, &take(&snapshot))?;
+    ensure!(again["incarnation"] == taken["incarnation"], "a second one was taken: {again}");
+    ensure!(volume.status(b)?.is_some_and(|seen| seen["state"] == "hydrating"), "too fast");
+    writer.progress()?;
+
+    // One that is not whole goes all the same, and one whose agent dies over it is made
+    // or is not.
+    ctl(b, &take(&doomed))?;
+    let made = new_id()?;
+    let of = |snapshot: &str| format!("volume create {made} --from-snapshot {snapshot}");
+    refused(b, &of(&doomed), "VOLUME_MOVING")?;
+    ctl(b, &format!("snapshot delete {doomed}"))?;
+    wait_until_gone(b, &doomed)?;
+    let mut line = vec!["dmlocalctl"];
+    let asked = take(&killed);
+    line.extend(asked.split_whitespace());
+    let dying = b.spawn(&line)?;
+    thread::sleep(Duration::from_millis(400));
+    kill_agent(b)?;
+    let answer = dying.wait(SOON)?;
+    until("what was half-made to go", SOON, || match listed(b, &killed)? {
+        Some(one) if one["state"] == "creating" || one["state"] == "deleting" => {
+            Ok(Err(one.to_string()))
+        }
+        None if answer.success() => bail!("it was answered, and is not there"),
+        _ => Ok(Ok(())),
+    })?;
+    ctl(b, &take(&killed))?;
+    kill_agent(a)?;
+    writer.progress()?;
+    available(b, &killed)?;
+    ctl(b, &format!("snapshot delete {killed}"))?;
+
+    available(b, &snapshot)?;
+    writer.progress()?;
+    ctl(b, &of(&snapshot))?;
+    ctl(b, &format!("volume attach {made}"))?;
+    let device = format!("/dev/mapper/dmlocal-{made}");
+    let (moment, later) = ("/root/moment.state", "/root/later.state");
+    let verify =
+        ["dmlocal-writer", "verify", "--device", &device, "--state", moment, "--until", later];
+    b.exec(&verify)?.ok().context("the snapshot of a volume that hydrates")?;
+    drop_volume(b, &made)?;
+    b.shell(&format!("rm {moment} {later}"))?.ok()?;
+    ctl(b, &format!("snapshot delete {snapshot}"))?;
+    volume.finish_move(a, b)?;
+    writer.progress()?;
+    writer.stop(b)?;
+    volume.verify(b)?;
+    volume.delete(b)
 }

@@ -528,6 +528,10 @@ impl Moves for Agent {
         Err(Status::unimplemented("not dmlocalctl's business"))
     }
 
+    async fn grant_copy(&self, _: Request<GrantCopyRequest>) -> Result<Response<Grant>, Status> {
+        Err(Status::unimplemented("not dmlocalctl's business"))
+    }
+
     async fn query_grant(
         &self,
         _: Request<QueryGrantRequest>,

@@ -262,7 +262,11 @@ impl Story<'_> {
                     let answer = match call {
                         Call::Fence => Event::SourceFenced,
                         Call::Release => Event::SourceReleased,
-                        Call::Serve | Call::Return | Call::Revoke | Call::QueryGrant => {
+                        Call::Copy
+                        | Call::Serve
+                        | Call::Return
+                        | Call::Revoke
+                        | Call::QueryGrant => {
                             panic!("{call:?}")
                         }
                     };

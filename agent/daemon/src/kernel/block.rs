@@ -98,6 +98,33 @@ fn has_magic(block: &[u8; BLOCK]) -> bool {
     block[MAGIC_AT..].starts_with(&MAGIC.to_le_bytes())
 }
 
+/// So much of a device is copied at once.
+const CHUNK: usize = 128 * 1024;
+
+#[repr(C, align(4096))]
+struct Chunk([u8; CHUNK]);
+
+/// Copies so many bytes from the start of one device to that of another, past the page
+/// cache of both, and flushes what was written. Both must be multiples of 4 KiB.
+///
+/// # Errors
+/// [`io::ErrorKind::ResourceBusy`] if somebody uses the device that is written.
+pub fn copy(from: DevNo, to: DevNo, bytes: u64) -> io::Result<()> {
+    let source = open_with(from, OpenOptions::new().read(true).custom_flags(libc::O_DIRECT))?;
+    let flags = libc::O_DIRECT | libc::O_EXCL;
+    let target = open_with(to, OpenOptions::new().write(true).custom_flags(flags))?;
+    let mut chunk = Box::new(Chunk([0; CHUNK]));
+    let mut at = 0;
+    while at < bytes {
+        let part = usize::try_from(bytes - at).map_or(CHUNK, |rest| rest.min(CHUNK));
+        let part = &mut chunk.0[..part];
+        source.read_exact_at(part, at).map_err(|error| about("read", from, error))?;
+        target.write_all_at(part, at).map_err(|error| about("write", to, error))?;
+        at += part.len() as u64;
+    }
+    target.sync_all().map_err(|error| about("flush", to, error))
+}
+
 /// Sends a FLUSH through the device and waits for it.
 pub fn flush(device: DevNo) -> io::Result<()> {
     // A block device's fsync flushes whatever the descriptor may do

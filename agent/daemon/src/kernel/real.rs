@@ -1,6 +1,7 @@
 //! The kernel and LVM themselves.
 
 mod allocation;
+mod fork;
 mod seed;
 
 use std::{
@@ -567,6 +568,7 @@ impl Kernel for RealKernel {
             Step::Allocate { of: Some(template), .. } => {
                 return self.copy(record, template).map(Some);
             }
+            Step::Fork { of, meta } => return self.fork(record, of, *meta).map(Some),
             Step::Allocate { data, meta, of: None } => {
                 return self.allocate(record, *data, *meta).map(Some);
             }

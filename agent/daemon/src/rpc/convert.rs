@@ -3,7 +3,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use dmlocal_model::{
-    admit::{Claim, Offer, Refusal, Which},
+    admit::{Claim, CopyRequest, Offer, Refusal, Which},
     hydration,
     name::{DmName, Generation, Role, VolumeId, canonical_uuid},
     seeding::AllocationMap,
@@ -77,6 +77,17 @@ pub(super) fn claim(
         incarnation: uuid("incarnation", incarnation)?,
         generation: Generation(generation),
         session: 0,
+    })
+}
+
+pub(super) fn copy_request(request: &v1::GrantCopyRequest) -> Result<CopyRequest, ServiceError> {
+    let (grant, incarnation) = (&request.volume_grant_id, &request.volume_incarnation);
+    Ok(CopyRequest {
+        id: volume_id(&request.id)?,
+        incarnation: uuid("incarnation", &request.incarnation)?,
+        grant: uuid("grant_id", &request.grant_id)?,
+        volume: volume_id(&request.volume_id)?,
+        claim: claim(grant, incarnation, request.volume_generation)?,
     })
 }
 
@@ -221,6 +232,8 @@ fn state(view: &View) -> v1::VolumeState {
         | ReceivingStage::Clearing
         | ReceivingStage::Settling => S::Remote,
         ReceivingStage::Linking
+        | ReceivingStage::Requesting
+        | ReceivingStage::Forking
         | ReceivingStage::Allocating
         | ReceivingStage::Zeroing
         | ReceivingStage::Assembling
@@ -345,9 +358,17 @@ pub(super) fn snapshot(view: &View, all: &[View]) -> Option<v1::Snapshot> {
     use v1::SnapshotState as S;
     let record = &view.record;
     let taken = record.taken()?;
-    let state = match record.phase {
+    let stage = record.receiving().map(|receiving| receiving.stage);
+    let hydrates = stage.is_some_and(ReceivingStage::is_owner);
+    let state = match &record.phase {
         Phase::Creating => S::Creating,
         Phase::Local if !taken.deferred => S::Available,
+        Phase::Receiving(_) if hydrates && !taken.deferred => S::Hydrating,
+        Phase::Receiving(receiving)
+            if matches!(receiving.stage, ReceivingStage::Requesting | ReceivingStage::Forking) =>
+        {
+            S::Creating
+        }
         Phase::Local
         | Phase::Lent(_)
         | Phase::Receiving(_)
@@ -368,6 +389,11 @@ pub(super) fn snapshot(view: &View, all: &[View]) -> Option<v1::Snapshot> {
         incarnation: record.incarnation.to_string(),
         read_by: readers.map(|view| view.record.id.to_string()).collect(),
         detail: view.detail.clone(),
+        bytes_left: bytes_left(view).filter(|_| hydrates),
+        source_node: record
+            .receiving()
+            .filter(|_| hydrates)
+            .map(|receiving| receiving.source.node.clone()),
     })
 }
 

@@ -240,6 +240,25 @@ impl v1::moves_server::Moves for Face {
         Ok(Response::new(convert::allocation(&map)))
     }
 
+    async fn grant_copy(
+        &self,
+        request: Request<v1::GrantCopyRequest>,
+    ) -> Result<Response<v1::Grant>, Status> {
+        let caller = Caller::of(&request)?;
+        let node = caller.acting_for(&[])?;
+        let request = convert::copy_request(&request.into_inner()).map_err(status)?;
+        let config = &self.service.volumes.config;
+        let Some(endpoint) = &config.listen.advertise else {
+            return Err(status(ServiceError::Internal("this node has no address".into())));
+        };
+        let service = Arc::clone(&self.service);
+        let granted =
+            whole(async move { service.grant_copy(request, node.as_deref()).await }).await?;
+        let grant = convert::grant(&granted.record, &config.node, endpoint)
+            .ok_or_else(|| status(ServiceError::Internal("the grant is gone".into())))?;
+        Ok(Response::new(grant))
+    }
+
     async fn serve(
         &self,
         request: Request<v1::ServeRequest>,

@@ -117,6 +117,7 @@ const fn refusal_code(refusal: &Refusal) -> Code {
         | Refusal::HandleInUse { .. }
         | Refusal::ConfirmationRequired { .. }
         | Refusal::SourceAlive { .. }
+        | Refusal::SourceAway { .. }
         | Refusal::SourceNotFenced(_)
         | Refusal::RegionsLost { .. }
         | Refusal::TargetMissing(_)
@@ -155,6 +156,7 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
         Refusal::VolumePublished { id, node }
         | Refusal::VolumeFenced { id, node }
         | Refusal::VolumeRemote { id, node }
+        | Refusal::SourceAway { id, node }
         | Refusal::RegionsLost { id, node } => {
             vec![("id", id.to_string()), ("node", node.clone())]
         }

@@ -75,6 +75,7 @@ const MATRIX: &[(&str, &[&str])] = &[
     ("Moves/Hasten", &[AGENT]),
     ("Moves/Fence", &[AGENT]),
     ("Moves/GetAllocation", &[AGENT]),
+    ("Moves/GrantCopy", &[AGENT]),
     ("Moves/Serve", &[AGENT]),
     ("Moves/Reclaim", &[AGENT]),
     ("Moves/Release", &[AGENT]),

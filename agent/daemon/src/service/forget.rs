@@ -121,7 +121,8 @@ impl Service {
     /// # Errors
     /// The journal cannot be read.
     pub fn grant_fate(&self, id: VolumeId, grant: Uuid) -> Result<GrantFate, ServiceError> {
-        let copies = self.volumes.copies(id);
+        let mut copies = self.volumes.copies(id);
+        copies.extend(self.volumes.snapshot(id));
         let stone = self.volumes.tombstone(grant)?;
         Ok(forget::fate(copies.iter().map(|view| &view.record), stone.as_ref(), grant))
     }

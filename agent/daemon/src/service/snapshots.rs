@@ -5,9 +5,9 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use dmlocal_model::{
-    admit::{self, GrantRequest, Made, Refusal, SnapshotRequest, Which},
+    admit::{self, CopyRequest, GrantRequest, Made, Refusal, SnapshotRequest, Which},
     name::{Generation, VolumeId},
-    volume::{Borrower, Event, Origin},
+    volume::{Borrower, Event, Origin, ReceivingStage, Record},
 };
 use uuid::Uuid;
 
@@ -28,6 +28,11 @@ fn beside(source: &Work) -> Option<String> {
     source.record.as_ref().map(|record| record.pool.clone())
 }
 
+fn is_discarded(work: &Work) -> bool {
+    let stage = work.record.as_ref().and_then(Record::receiving).map(|receiving| receiving.stage);
+    stage == Some(ReceivingStage::Discarded)
+}
+
 impl Service {
     /// The copy of a volume that calls mean which name no generation.
     fn home(&self, id: VolumeId) -> Copy {
@@ -46,13 +51,18 @@ impl Service {
         let boot = self.volumes.kernel.boot();
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         let at = since.map_or(0, |since| since.as_secs());
-        let request = SnapshotRequest { id, volume, incarnation: Uuid::new_v4(), at };
+        let (incarnation, grant) = (Uuid::new_v4(), Uuid::new_v4());
+        let request = SnapshotRequest { id, volume, incarnation, grant, at };
         self.volumes
             .with_both(
                 (id, Generation::SNAPSHOT),
                 self.home(volume),
                 async |(slot, work), (_, source)| {
                     self.begin_anew(slot, work).await?;
+                    if let (None, Some(record)) = (&work.record, source.record.clone()) {
+                        let seen = self.volumes.look(&record, source).await?;
+                        admit::reachable(&record, &seen)?;
+                    }
                     let pool = beside(source);
                     let room = pool.as_deref().map_or(Room::None, Room::In);
                     let begun = self
@@ -92,7 +102,51 @@ impl Service {
                     admit::delete_snapshot(record, reader, defer)
                 })
                 .await?;
-                self.volumes.converge(slot, work).await.map(|_| ())
+                match self.volumes.converge(slot, work).await {
+                    // Nothing is left here; the source hears of it when it can.
+                    Err(ServiceError::Peer(_)) if is_discarded(work) => Ok(()),
+                    outcome => outcome.map(|_| ()),
+                }
+            })
+            .await
+    }
+
+    /// Makes a copy of a volume that is fenced for a peer, for a snapshot there.
+    ///
+    /// # Errors
+    /// See [`admit::grant_copy`]; what was begun is undone.
+    pub async fn grant_copy(
+        &self,
+        request: CopyRequest,
+        caller: Option<&str>,
+    ) -> Result<Granted, ServiceError> {
+        self.needs(&GRANT_TARGETS)?;
+        let id = request.id;
+        if id == request.volume {
+            return Err(Refusal::VolumeExists { id, field: "source" }.into());
+        }
+        let claim = &request.claim;
+        let volume = self.lent_under(request.volume, claim.grant, claim.generation);
+        self.volumes
+            .with_both((id, Generation::FIRST), volume, async |(slot, work), (_, source)| {
+                self.begin_anew(slot, work).await?;
+                let spent = self.volumes.tombstone(request.grant)?;
+                let pool = beside(source);
+                let room = pool.as_deref().map_or(Room::None, Room::In);
+                let begun = self
+                    .change(id, slot, work, room, |known| {
+                        // Under the lock of placements, as for any export.
+                        let export = self.new_export();
+                        let (volume, spent) = (source.record.as_ref(), spent.as_ref());
+                        let room = known.room.as_ref();
+                        let existing = known.record;
+                        admit::grant_copy(existing, &request, volume, caller, export, room, spent)
+                    })
+                    .await?;
+                let outcome = self.volumes.converge_asked(slot, work).await;
+                self.undo(slot, work, begun, outcome, Event::ReleaseAsked).await?;
+                let record = work.record.clone().ok_or(Refusal::GrantUnknown(request.grant))?;
+                Ok(Granted { record })
             })
             .await
     }

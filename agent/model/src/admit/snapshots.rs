@@ -3,7 +3,8 @@
 use uuid::Uuid;
 
 use super::{
-    Admitted, GrantRequest, PoolRoom, Refusal, at_rest, grant, journal, not_failed, not_remote,
+    Admitted, GrantRequest, PoolRoom, Refusal, at_rest, grant, journal, moving, not_failed,
+    not_remote,
 };
 use crate::{
     hydration::Tuning,
@@ -61,16 +62,20 @@ pub fn template(record: &Record, boot: Uuid) -> Result<Template, Refusal> {
 /// The data LV of a snapshot that new copies may be made of.
 ///
 /// # Errors
-/// It is not there yet, or on its way out.
+/// It is not there yet, not all of it, or it is on its way out.
 pub fn snapshot_template(record: &Record) -> Result<Template, Refusal> {
+    let arriving = record.receiving().is_some_and(|receiving| receiving.stage.is_owner());
+    if record.taken().is_some() && arriving {
+        return Err(Refusal::VolumeMoving(record.id));
+    }
     let usable = record.phase == Phase::Local && record.taken().is_some_and(|t| !t.deferred);
     let template = usable.then(|| of_data(record)).flatten();
     template.ok_or(Refusal::SnapshotNotFound(record.id))
 }
 
-fn of_data(record: &Record) -> Option<Template> {
+pub(super) fn of_data(record: &Record) -> Option<Template> {
     let data = record.data.clone()?;
-    Some(Template { data, name: plan::lv_names(record).0 })
+    Some(Template { data, name: plan::lv_names(record).0, moving: None })
 }
 
 fn confirmed(record: &Record, boot: Uuid) -> Result<(), Refusal> {
@@ -93,6 +98,9 @@ pub struct SnapshotRequest {
     pub volume: VolumeId,
     /// Its own incarnation, if it is new.
     pub incarnation: Uuid,
+    /// The grant by which it reads what it lacks, if it is new and the volume is still on
+    /// its way here.
+    pub grant: Uuid,
     /// Seconds since the epoch.
     pub at: u64,
 }
@@ -100,7 +108,8 @@ pub struct SnapshotRequest {
 /// Takes a snapshot of the volume whose record this is.
 ///
 /// # Errors
-/// The id is taken by another volume's snapshot, or see [`template`].
+/// The id is taken by another volume's snapshot, or see [`template`]. Of a volume that
+/// hydrates: it has failed, has lost its source for ever, or is read by another node.
 pub fn take_snapshot(
     existing: Option<&Record>,
     request: &SnapshotRequest,
@@ -116,25 +125,41 @@ pub fn take_snapshot(
             () if volume.is_some_and(|volume| volume.incarnation != of.incarnation) => {
                 "incarnation"
             }
-            () if of.deferred || existing.phase == Phase::Deleting => "state",
+            () if of.deferred || is_going(existing) => "state",
+            // Nobody was told that it exists.
+            () if existing.lineage.template.is_some() => "state",
             () => return Ok(Admitted::Already),
         };
         return Err(Refusal::SnapshotExists { id, field });
     }
     let volume = volume.ok_or(Refusal::VolumeNotFound(request.volume))?;
-    let template = template(volume, boot)?;
     let taken = Taken {
         volume: volume.id,
         incarnation: volume.incarnation,
         at: request.at,
         deferred: false,
     };
+    if moving::is_moving(volume) {
+        confirmed(volume, boot)?;
+        return moving::fork(request, volume, taken, room);
+    }
+    let template = template(volume, boot)?;
     let lineage = Lineage { taken: Some(taken), template: Some(template), ..Lineage::default() };
-    made(id, request.incarnation, Generation::SNAPSHOT, volume, lineage, Phase::Creating, room)
+    let (new, generation) = (request.incarnation, Generation::SNAPSHOT);
+    made(id, new, generation, volume, lineage, Phase::Creating, room, 0)
 }
 
-/// A copy of `source`'s content, all of it, in the same pool.
-fn made(
+/// Whether a snapshot is on its way out.
+fn is_going(snapshot: &Record) -> bool {
+    use ReceivingStage as S;
+    let stage = snapshot.receiving().map(|receiving| receiving.stage);
+    snapshot.phase == Phase::Deleting || matches!(stage, Some(S::Discarding | S::Discarded))
+}
+
+/// A copy of `source`'s content, all of it, in the same pool, with so many bytes of
+/// clone metadata.
+#[expect(clippy::too_many_arguments, reason = "what every copy is told by")]
+pub(super) fn made(
     id: VolumeId,
     incarnation: Uuid,
     generation: Generation,
@@ -142,10 +167,11 @@ fn made(
     lineage: Lineage,
     phase: Phase,
     room: Option<&PoolRoom>,
+    meta: u64,
 ) -> Result<Admitted, Refusal> {
     let room = room.ok_or_else(|| Refusal::PoolNotFound(source.pool.clone()))?;
     // Every block of it may be written again, there or here.
-    room.check_room(source.size.bytes(), 0)?;
+    room.check_room(source.size.bytes(), meta)?;
     Ok(Admitted::Journal(Box::new(Record {
         id,
         incarnation,
@@ -215,7 +241,7 @@ pub fn create_of(
     }
     let lineage =
         Lineage { made_of: Some(source.origin), template: Some(template), ..Lineage::default() };
-    made(id, incarnation, Generation::FIRST, record, lineage, Phase::Creating, room)
+    made(id, incarnation, Generation::FIRST, record, lineage, Phase::Creating, room, 0)
 }
 
 /// The same for one peer that is to receive it: a copy that exists for this grant
@@ -269,7 +295,7 @@ pub fn grant_of(
         session: 0,
         served_in: None,
     };
-    made(id, incarnation, Generation::FIRST, record, lineage, Phase::Lent(lent), room)
+    made(id, incarnation, Generation::FIRST, record, lineage, Phase::Lent(lent), room, 0)
 }
 
 /// Deletes a snapshot, at once or, if `defer`, as soon as nothing reads it.
@@ -283,7 +309,7 @@ pub fn delete_snapshot(
 ) -> Result<Admitted, Refusal> {
     let Some(taken) = record.taken() else { return Err(Refusal::SnapshotNotFound(record.id)) };
     match reader {
-        _ if record.phase == Phase::Deleting || taken.deferred => Ok(Admitted::Already),
+        _ if is_going(record) || taken.deferred => Ok(Admitted::Already),
         Some(_) if defer => {
             let taken = Some(Taken { deferred: true, ..taken.clone() });
             let lineage = Lineage { taken, ..record.lineage.clone() };

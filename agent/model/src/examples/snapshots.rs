@@ -4,7 +4,8 @@ use super::*;
 
 fn half_made(phase: Phase) -> Record {
     let mut half = Record { data: None, attached: false, ..record(phase) };
-    half.lineage.template = Some(Template { data: "of".into(), name: "origin".into() });
+    half.lineage.template =
+        Some(Template { data: "of".into(), name: "origin".into(), moving: None });
     half
 }
 
@@ -26,7 +27,7 @@ fn what_is_made_of_another_is_made_while_somebody_waits_for_it_or_not_at_all() {
 
 #[test]
 fn a_revert_removes_the_old_data_only_once_the_new_is_journalled() {
-    let template = Template { data: "of".into(), name: "origin".into() };
+    let template = Template { data: "of".into(), name: "origin".into(), moving: None };
     let snapshot = VolumeId::new(Uuid::from_u128(8));
     let idle = Seen { handle: None, ..bare() };
     let detached = Record { attached: false, ..record(Phase::Local) };
@@ -55,4 +56,62 @@ fn a_deferred_snapshot_waits_for_its_readers() {
     let read = Seen { read: true, ..idle.clone() };
     assert_eq!(next(&snapshot, &read), Next::Wait(Wait::Readers));
     assert_eq!(next(&snapshot, &idle), Next::Journal(Event::DeleteAsked));
+}
+
+fn moving(stage: ReceivingStage) -> Record {
+    let mut snapshot = Record { data: None, attached: false, ..receiving(stage) };
+    let (volume, incarnation) = (snapshot.id, snapshot.incarnation);
+    snapshot.lineage.taken = Some(Taken { volume, incarnation, at: 0, deferred: false });
+    let moving = Moving {
+        id: volume,
+        generation: Generation(2),
+        meta: "its meta".into(),
+        grant: Uuid::from_u128(7),
+        lent_in: Generation(1),
+    };
+    let (data, name) = ("of".to_owned(), "origin".to_owned());
+    snapshot.lineage.template = Some(Template { data, name, moving: Some(moving) });
+    if let Phase::Receiving(receiving) = &mut snapshot.phase {
+        receiving.meta = None;
+        receiving.floor = 0;
+    }
+    snapshot
+}
+
+#[test]
+fn a_snapshot_of_what_hydrates_asks_its_source_first_and_is_never_begun_anew() {
+    let import = Import::default();
+    let idle = Seen { data: None, meta: None, handle: None, src: None, import, ..bare() };
+    let asked = Seen { asked: true, ..idle.clone() };
+    let requesting = moving(ReceivingStage::Requesting);
+    assert_eq!(next(&requesting, &asked), Next::Ask(Call::Copy));
+    assert_eq!(next(&requesting, &idle), Next::Journal(Event::DeleteAsked));
+    let forking = requesting.after(Event::CopyGranted(export())).unwrap();
+    assert_eq!(next(&forking, &idle), Next::Journal(Event::DeleteAsked));
+    let Next::Allocate(steps) = next(&forking, &asked) else { panic!("nothing is made") };
+    assert!(matches!(steps.as_slice(), [Step::Fork { .. }]), "{steps:?}");
+    let gone = forking.clone().after(Event::DeleteAsked).unwrap();
+    assert_eq!(next(&gone, &idle), Next::DoThen(Step::RetireAll, Event::Retired));
+    let gone = gone.after(Event::Retired).unwrap();
+    assert_eq!(next(&gone, &idle), Next::AskThenForget(Call::Release));
+
+    // Its metadata is a copy: nothing is zeroed, and nothing counts as new.
+    let made = Event::Forked { data: "data".into(), meta: "meta".into(), floor: 3 };
+    let forked = forking.after(made).unwrap();
+    assert_eq!(forked.lineage.template, None, "it is made");
+    let there = Seen { clone: None, clone_status: None, discards_blocked: false, ..swing() };
+    let Next::Do(steps) = next(&forked, &there) else { panic!("no clone is loaded") };
+    assert!(matches!(steps.as_slice(), [Step::LoadClone { floor: Some(3), .. }]), "{steps:?}");
+}
+
+#[test]
+fn a_copy_that_was_fenced_for_a_snapshot_is_released_when_nobody_waits_for_it() {
+    let idle = Seen { data: None, meta: None, handle: None, ..bare() };
+    let Phase::Lent(fenced) = lent(LentStage::Fenced).phase else { panic!() };
+    let half = half_made(Phase::Lent(fenced));
+    assert_eq!(next(&half, &idle), Next::Journal(Event::ReleaseAsked));
+    let asked = Seen { asked: true, ..idle.clone() };
+    assert!(matches!(next(&half, &asked), Next::Allocate(_)));
+    let released = half.after(Event::ReleaseAsked).unwrap();
+    assert_eq!(next(&released, &idle), Next::Forget(vec![Step::RetireAll]));
 }

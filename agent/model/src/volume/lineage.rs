@@ -5,6 +5,9 @@
 //!                       │
 //!                       └─────made of──► copy for one grant: Lent ► gone
 //!                                          └─ received elsewhere as any volume is
+//!
+//! volume that hydrates ──taken──► snapshot that is received as well, from a copy for
+//!                                 its own grant, of what the volume's source has fenced
 //! ```
 //!
 //! A snapshot is a record like a volume's, of a generation that nobody may ever
@@ -16,7 +19,7 @@ use uuid::Uuid;
 
 use super::{Phase, Record};
 use crate::{
-    name::{Generation, VolumeId},
+    name::{DmName, Generation, Role, VolumeId},
     units::Sectors,
 };
 
@@ -70,6 +73,32 @@ pub struct Template {
     pub data: String,
     /// Its name, which is what LVM takes.
     pub name: String,
+    /// What belongs to it while some of its content is still at another node: none for
+    /// one that is whole.
+    pub moving: Option<Moving>,
+}
+
+/// A volume on its way to this node, of which a snapshot is taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Moving {
+    /// The volume.
+    pub id: VolumeId,
+    /// Its generation: part of the names of its devices.
+    pub generation: Generation,
+    /// The device-mapper UUID of its clone metadata LV.
+    pub meta: String,
+    /// The grant by which it reads its source.
+    pub grant: Uuid,
+    /// Generation of the source's copy.
+    pub lent_in: Generation,
+}
+
+impl Moving {
+    /// Name of a device of the volume.
+    pub fn dm_name(&self, role: Role) -> DmName {
+        DmName::new(self.id, self.generation, role)
+    }
 }
 
 /// A volume on its way back to a snapshot.

@@ -70,6 +70,11 @@ pub struct Source {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ReceivingStage {
+    /// Of a snapshot of a volume that hydrates: the volume's source is to make a copy of
+    /// what it has fenced, and may have.
+    Requesting,
+    /// It has. The data LV and the clone metadata are being made of the volume's.
+    Forking,
     /// The LVs are being made.
     Allocating,
     /// They exist; the metadata may hold anything.
@@ -152,7 +157,9 @@ impl ReceivingStage {
             | Self::Building
             | Self::Clearing
             | Self::Settling
-            | Self::Returning => true,
+            | Self::Returning
+            | Self::Requesting
+            | Self::Forking => true,
             Self::Allocating
             | Self::Zeroing
             | Self::Assembling
@@ -190,6 +197,16 @@ impl Receiving {
                 made = Some(data);
                 self.meta = Some(meta);
                 S::Zeroing
+            }
+            (S::Requesting, Event::CopyGranted(export)) => {
+                self.source.export = export;
+                S::Forking
+            }
+            (S::Forking, Event::Forked { data, meta, floor }) => {
+                made = Some(data);
+                self.meta = Some(meta);
+                self.floor = floor;
+                S::Hydrating
             }
             (S::Zeroing, Event::Zeroed) => S::Assembling,
             (S::Assembling, Event::Armed) if self.source.hold => S::Held,
@@ -251,7 +268,15 @@ impl Receiving {
                 S::Aborting
             }
             (S::Aborting, Event::Retired) => S::Withdrawing,
-            (S::Hydrating | S::Collapsing | S::Parting | S::Discarding, Event::DeleteAsked) => {
+            (
+                S::Requesting
+                | S::Forking
+                | S::Hydrating
+                | S::Collapsing
+                | S::Parting
+                | S::Discarding,
+                Event::DeleteAsked,
+            ) => {
                 self.failure = None;
                 S::Discarding
             }

@@ -122,6 +122,10 @@ const RECEIVING: &str = "
     Aborting --AbortAsked--> Aborting
     Aborting --Retired--> Withdrawing
     Withdrawing --SourceForgotten--> Withdrawing
+    Requesting --CopyGranted--> Forking
+    Requesting --DeleteAsked--> Discarding
+    Forking --Forked--> Hydrating
+    Forking --DeleteAsked--> Discarding
     Discarding --DeleteAsked--> Discarding
     Discarding --SourceForgotten--> Discarding
     Discarding --Retired--> Discarded
@@ -132,6 +136,8 @@ fn events() -> Vec<Event> {
     let snapshot = VolumeId::new(Uuid::from_u128(8));
     vec![
         Event::Allocated { data: "data".into(), meta: Some("meta".into()) },
+        Event::CopyGranted(export()),
+        Event::Forked { data: "data".into(), meta: "meta".into(), floor: 1 },
         Event::SourceGrew(Sectors(16)),
         Event::Zeroed,
         Event::Armed,
@@ -171,7 +177,7 @@ fn events() -> Vec<Event> {
 }
 
 fn template() -> Template {
-    Template { data: "of".into(), name: "name".into() }
+    Template { data: "of".into(), name: "name".into(), moving: None }
 }
 
 fn export() -> ExportName {
@@ -283,7 +289,9 @@ const LENT_STAGES: [LentStage; 8] = [
     LentStage::Reclaiming,
 ];
 
-const RECEIVING_STAGES: [ReceivingStage; 13] = [
+const RECEIVING_STAGES: [ReceivingStage; 15] = [
+    ReceivingStage::Requesting,
+    ReceivingStage::Forking,
     ReceivingStage::Allocating,
     ReceivingStage::Zeroing,
     ReceivingStage::Assembling,

@@ -23,28 +23,36 @@ pub(super) const SNAPSHOTS: usize = 2;
 /// Ids of volumes that are made of something.
 pub(super) const MADE: usize = 2;
 
-type Content = [u64; REGIONS];
+pub(super) type Content = [u64; REGIONS];
 
 /// What the oracle knows of copies.
 #[derive(Debug)]
 pub(super) struct Copies {
-    snapshots: Vec<VolumeId>,
+    pub(super) snapshots: Vec<VolumeId>,
     made: Vec<VolumeId>,
     /// What each holds, by incarnation.
-    content: BTreeMap<Uuid, Content>,
+    pub(super) content: BTreeMap<Uuid, Content>,
     /// Whether a caller waits: what is made now is of this moment.
     pub(super) asked: bool,
+    /// Snapshots that were taken of what was still hydrating.
+    pub(super) forks: usize,
 }
 
 impl Copies {
     pub(super) fn new(world: &mut World) -> Self {
         let mut ids = |count: usize| (0..count).map(|_| VolumeId::new(world.unique())).collect();
-        Self { snapshots: ids(SNAPSHOTS), made: ids(MADE), content: BTreeMap::new(), asked: false }
+        Self {
+            snapshots: ids(SNAPSHOTS),
+            made: ids(MADE),
+            content: BTreeMap::new(),
+            asked: false,
+            forks: 0,
+        }
     }
 }
 
 impl Cluster {
-    fn of_snapshot(&self, node: usize, nth: usize) -> At {
+    pub(super) fn of_snapshot(&self, node: usize, nth: usize) -> At {
         At { node, id: self.copies.snapshots[nth], generation: Generation::SNAPSHOT.0 }
     }
 
@@ -60,7 +68,7 @@ impl Cluster {
 
     /// A request during which what is made must be of this moment. What an earlier
     /// one has left half-made goes first.
-    fn asking(
+    pub(super) fn asking(
         &mut self,
         at: At,
         ask: impl FnOnce(&mut Self) -> Result<(), Stop>,
@@ -76,9 +84,11 @@ impl Cluster {
 
     pub(super) fn snapshot(&mut self, node: usize, nth: usize) -> Result<(), Stop> {
         let (at, boot) = (self.of_snapshot(node, nth), self.world.nodes[node].boot);
-        let request =
-            SnapshotRequest { id: at.id, volume: self.id, incarnation: self.world.unique(), at: 0 };
+        let (incarnation, grant) = (self.world.unique(), self.world.unique());
+        let request = SnapshotRequest { id: at.id, volume: self.id, incarnation, grant, at: 0 };
         let volume = self.source_at(node);
+        self.world.torn = self.sabotage == Some(Sabotage::ForksAtTwoMoments);
+        self.world.uncommitted = self.sabotage == Some(Sabotage::ForksWhatIsNotCommitted);
         self.asking(at, |cluster| {
             cluster.undoable(
                 at,
@@ -204,10 +214,18 @@ impl Cluster {
 
     /// What a logical volume holds that was just made of another.
     pub(super) fn look_at_copy(&mut self, node: usize, record: &Record, step: &Step) {
+        if let Step::Fork { .. } = step {
+            self.look_at_fork(node, record);
+            return;
+        }
         let Step::Allocate { of: Some(_), .. } = step else { return };
         let made = self.world.content(node, &plan::made_lv(record)).unwrap();
         assert!(!made.contains(&FOREIGN), "another volume's past shows in a copy");
         if let Phase::Reverting(_) = &record.phase {
+            return;
+        }
+        // Of what was fenced, for a snapshot elsewhere that has more.
+        if record.lent().is_some_and(|lent| lent.stage == LentStage::Fenced) {
             return;
         }
         if let Some(first) = self.copies.content.get(&record.incarnation) {
@@ -250,6 +268,7 @@ impl Cluster {
     }
 
     pub(super) fn read_made(&mut self, node: usize, region: usize) {
+        self.judge_forks(node);
         for id in self.copies.made.clone() {
             let (boot, handle) = (self.world.nodes[node].boot, self.world.handle(node, id));
             let at = self.place(node, id);

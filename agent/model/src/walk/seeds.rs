@@ -74,6 +74,10 @@ pub(super) enum Sabotage {
     CutsOffTheGuest,
     /// A snapshot is taken of a copy that was handed over.
     SnapshotsWhatIsFenced,
+    /// A snapshot of what is still hydrating knows more to be here than it holds.
+    ForksAtTwoMoments,
+    /// It knows less to be here than was acknowledged.
+    ForksWhatIsNotCommitted,
     /// A revert removes the old data before the new is journalled.
     RevertsRemovingFirst,
     /// What was never written is asked for while the source is still written.
@@ -99,7 +103,7 @@ pub(super) enum Sabotage {
 }
 
 impl Sabotage {
-    const ALL: [Self; 26] = [
+    const ALL: [Self; 28] = [
         Self::FenceLeavesTheHandle,
         Self::FenceDoesNotFlush,
         Self::OpensUnasked,
@@ -115,6 +119,8 @@ impl Sabotage {
         Self::DeletesUnasked,
         Self::CutsOffTheGuest,
         Self::SnapshotsWhatIsFenced,
+        Self::ForksAtTwoMoments,
+        Self::ForksWhatIsNotCommitted,
         Self::RevertsRemovingFirst,
         Self::MapsBeforeTheFence,
         Self::MapsARelay,
@@ -169,6 +175,8 @@ impl Sabotage {
             | Self::DeletesUnasked
             | Self::CutsOffTheGuest
             | Self::SnapshotsWhatIsFenced
+            | Self::ForksAtTwoMoments
+            | Self::ForksWhatIsNotCommitted
             | Self::RevertsRemovingFirst
             | Self::FlushesTheSourceAlone
             | Self::MapsBeforeTheFence

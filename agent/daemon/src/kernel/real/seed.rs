@@ -39,7 +39,7 @@ use crate::kernel::{
 };
 
 /// Longest wait for the I/O in flight before the handle waits.
-const QUIET: Duration = Duration::from_secs(1);
+pub(super) const QUIET: Duration = Duration::from_secs(1);
 
 /// Longest wait for copies that consumers' writes have begun, once the handle waits.
 const DRAINED: Duration = Duration::from_millis(250);
@@ -161,7 +161,7 @@ impl RealKernel {
 
     /// Commits twice, as for the floor: the first answer may be ahead of its own
     /// commit.
-    fn here_for_good(&self, clone: &DmName) -> Result<u64, StepError> {
+    pub(super) fn here_for_good(&self, clone: &DmName) -> Result<u64, StepError> {
         let first = self.dm.commit_clone(clone)?;
         match (first, self.dm.commit_clone(clone)?) {
             (
@@ -173,7 +173,7 @@ impl RealKernel {
     }
 
     /// Nobody can begin another copy: the handle waits, and background copying is off.
-    fn nothing_is_copied(&self, clone: &DmName) -> Result<(), StepError> {
+    pub(super) fn nothing_is_copied(&self, clone: &DmName) -> Result<(), StepError> {
         let end = Instant::now() + DRAINED;
         loop {
             match self.dm.clone_status(clone)? {
@@ -192,7 +192,7 @@ impl RealKernel {
         }
     }
 
-    fn resume_surely(&self, handle: &DmName) -> Result<(), StepError> {
+    pub(super) fn resume_surely(&self, handle: &DmName) -> Result<(), StepError> {
         let mut outcome = self.dm.resume(handle);
         for _ in 1..RESUMES {
             if outcome.is_ok() {

@@ -1,0 +1,223 @@
+//! A snapshot of a volume that is still hydrating, with a failure or the process's death
+//! at every single action, and what bad requests get.
+
+use dmlocal_model::volume::Origin;
+
+use super::*;
+
+fn snap(nth: u128) -> VolumeId {
+    VolumeId::new(Uuid::from_u128(0x5eed << 64 | nth))
+}
+
+fn made() -> VolumeId {
+    VolumeId::new(Uuid::from_u128(0xbeef << 64 | 1))
+}
+
+impl Pair {
+    fn snapshot(&self, node: usize, nth: u128) -> Option<View> {
+        self.services[node].volumes.snapshot(snap(nth))
+    }
+
+    async fn until_snapshot(&self, nth: u128, wanted: impl Fn(Option<&View>) -> bool) {
+        let waited = timeout(PATIENCE, async {
+            while !wanted(self.snapshot(1, nth).as_ref()) {
+                locked(&self.world).hydrate();
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        });
+        let view = self.snapshot(1, nth);
+        waited.await.unwrap_or_else(|_| panic!("the snapshot came to rest at {view:#?}"));
+    }
+
+    /// What a region of the snapshot holds once it is whole.
+    async fn region_of_snapshot(&self, region: usize) -> Io<u64> {
+        let b = &self.services[1];
+        b.create_of(made(), Origin::Snapshot(snap(1)), "").await.unwrap();
+        b.attach(made(), None).await.unwrap();
+        let record = b.volumes.view(made()).unwrap().record;
+        locked(&self.world).read_handle(1, &record, region)
+    }
+}
+
+/// The volume is written at both nodes and hydrates at the second: 100 and more, and 200
+/// in region 0.
+async fn arriving(pair: &Pair) {
+    let [a, b] = &pair.services[..] else { panic!("two agents") };
+    a.create(pair.id, VOLUME_BYTES, "").await.unwrap();
+    a.attach(pair.id, None).await.unwrap();
+    for region in 0..REGIONS {
+        assert_eq!(pair.write(0, region, 100 + region as u64), Io::Done(()));
+    }
+    pair.begin_move(true).await.unwrap();
+    b.switch(pair.id, false).await.unwrap();
+    pair.write_in_time(1, 0, 200).await;
+}
+
+/// How far it got is counted in `done`.
+async fn forked(pair: &Pair, done: &Mutex<u64>) -> Result<(), ServiceError> {
+    let b = &pair.services[1];
+    let taken = b.take_snapshot(snap(1), pair.id).await?.record;
+    *done.lock().unwrap() = 1;
+    let again = b.take_snapshot(snap(1), pair.id).await?.record;
+    assert_eq!(again.incarnation, taken.incarnation, "a repeated call takes no other");
+    pair.write_in_time(1, 0, 300).await;
+    pair.write_in_time(1, 1, 301).await;
+    pair.until_snapshot(1, is_local).await;
+    Ok(())
+}
+
+async fn judge_forked(pair: &Pair, done: u64) {
+    let [a, b] = &pair.services[..] else { panic!("two agents") };
+    pair.until(1, is_local).await;
+    pair.until(0, |view| view.is_none()).await;
+    pair.until_snapshot(1, |view| view.is_none() || is_local(view)).await;
+    assert!(done == 0 || pair.snapshot(1, 1).is_some(), "it was answered");
+    if pair.snapshot(1, 1).is_some() {
+        for region in 0..REGIONS {
+            let wanted = if region == 0 { 200 } else { 100 + region as u64 };
+            let found = pair.region_of_snapshot(region).await;
+            assert_eq!(found, Io::Done(wanted), "region {region}");
+        }
+        b.detach(made()).await.unwrap();
+        b.delete(made()).await.unwrap();
+        b.delete_snapshot(snap(1), None, false).await.unwrap();
+    }
+    for region in 2..REGIONS {
+        assert_eq!(pair.read(1, region), Io::Done(100 + region as u64));
+    }
+    b.detach(pair.id).await.unwrap();
+    b.delete(pair.id).await.unwrap();
+    let left = timeout(PATIENCE, async {
+        while a.volumes.view(snap(1)).is_some() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    });
+    left.await.unwrap();
+    for node in 0..2 {
+        assert!(locked(&pair.world).is_clean(node), "something is left at {node}");
+    }
+}
+
+#[test]
+fn snapshots_of_what_hydrates_end_well_wherever_the_process_dies() {
+    for actions in 0.. {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let done = Arc::new(Mutex::new(0));
+        let first = runtime();
+        let ended = first.block_on(async {
+            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+            arriving(&pair).await;
+            locked(&world).fuse = Some(actions);
+            tokio::select! {
+                outcome = forked(&pair, &done) => {
+                    outcome.unwrap();
+                    true
+                }
+                () = pair.died.notified() => false,
+            }
+        });
+        first.shutdown_background();
+        if ended {
+            assert!(actions > 40, "the story has too few actions to be the story");
+            break;
+        }
+        let image = tempfile::tempdir().unwrap();
+        copy_journals(directory.path(), image.path());
+        locked(&world).fuse = None;
+        let done = *done.lock().unwrap();
+        runtime().block_on(async {
+            let pair = Pair::open(world, image.path()).await;
+            judge_forked(&pair, done).await;
+        });
+    }
+}
+
+#[test]
+fn snapshots_of_what_hydrates_end_well_whatever_fails() {
+    for actions in 0.. {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let done = Mutex::new(0);
+        let ended = runtime().block_on(async {
+            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+            arriving(&pair).await;
+            locked(&world).fault = Some(actions);
+            let _ = forked(&pair, &done).await;
+            let untouched = locked(&world).fault.take().is_some();
+            let done = *done.lock().unwrap();
+            judge_forked(&pair, done).await;
+            untouched
+        });
+        if ended {
+            assert!(actions > 40, "the story has too few actions to be the story");
+            break;
+        }
+    }
+}
+
+#[test]
+fn a_snapshot_that_is_not_whole_is_of_no_use_yet_and_may_go_all_the_same() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        arriving(&pair).await;
+
+        locked(&world).network = false;
+        let away = b.take_snapshot(snap(1), pair.id).await;
+        assert_eq!(one(away), "SOURCE_AWAY");
+        assert!(pair.snapshot(1, 1).is_none(), "nothing has begun");
+        locked(&world).network = true;
+
+        // Only the borrower gets a copy of what was fenced for it, and only with its grant.
+        let (volume, claim) = {
+            let record = pair.view(1).unwrap().record;
+            let source = &record.receiving().unwrap().source;
+            let (grant, generation) = (source.grant, source.generation);
+            let incarnation = record.incarnation;
+            (record.id, Claim { grant, incarnation, generation, session: 0 })
+        };
+        let grant = Uuid::from_u128(55);
+        let request = CopyRequest { id: snap(9), incarnation: grant, grant, volume, claim };
+        let stranger = a.grant_copy(request.clone(), Some("n9")).await;
+        assert_eq!(one(stranger), "GRANT_UNKNOWN");
+        let claim = Claim { grant: Uuid::from_u128(56), ..request.claim.clone() };
+        let other = a.grant_copy(CopyRequest { claim, ..request.clone() }, Some("n1")).await;
+        assert_eq!(one(other), "GRANT_UNKNOWN");
+        let claim = Claim { generation: Generation(9), ..request.claim.clone() };
+        let stale = a.grant_copy(CopyRequest { claim, ..request.clone() }, Some("n1")).await;
+        assert_eq!(one(stale), "GENERATION_STALE");
+        assert!(a.volumes.view(snap(9)).is_none());
+        // A request that comes after its own end makes nothing.
+        let ended = Claim { grant, incarnation: grant, generation: Generation(1), session: 0 };
+        assert_eq!(one(a.release(snap(9), &ended, Some("n1")).await), "GRANT_UNKNOWN");
+        assert_eq!(one(a.grant_copy(request, Some("n1")).await), "GRANT_UNKNOWN");
+
+        let taken = b.take_snapshot(snap(1), pair.id).await.unwrap().record;
+        assert!(taken.receiving().is_some_and(|r| r.stage == ReceivingStage::Hydrating));
+        assert_eq!(one(b.take_snapshot(snap(1), made()).await), "SNAPSHOT_EXISTS");
+        let of = Origin::Snapshot(snap(1));
+        assert_eq!(one(b.create_of(made(), of, "").await), "VOLUME_MOVING");
+        // It does not keep the volume from anything, nor the volume it.
+        b.detach(pair.id).await.unwrap();
+        b.delete(pair.id).await.unwrap();
+        pair.until(0, |view| view.is_none()).await;
+        assert!(a.volumes.view(snap(1)).is_some(), "the snapshot reads it");
+        // Without its source it goes here at once, and there later.
+        locked(&world).network = false;
+        b.delete_snapshot(snap(1), None, false).await.unwrap();
+        b.delete_snapshot(snap(1), None, false).await.unwrap();
+        assert!(locked(&world).is_clean(1));
+        locked(&world).network = true;
+        pair.until_snapshot(1, |view| view.is_none()).await;
+        let left = timeout(PATIENCE, async {
+            while a.volumes.view(snap(1)).is_some() {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        });
+        left.await.unwrap();
+        assert!(locked(&world).is_clean(0));
+    });
+}
