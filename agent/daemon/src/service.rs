@@ -561,8 +561,8 @@ impl Service {
                 if is_done(&stone, id, work) {
                     return Ok(());
                 }
-                let lent = work.record.as_ref().and_then(Record::lent);
-                if stone.is_none() && lent.is_none_or(|lent| lent.to.grant != claim.grant) {
+                // Where there is a copy, whoever lacks its grant changes nothing.
+                if stone.is_none() && work.record.is_none() {
                     self.volumes.bury(&admit::never_granted(id, claim))?;
                 }
                 self.change(id, slot, work, Room::None, |known| {
