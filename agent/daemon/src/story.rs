@@ -6,6 +6,7 @@ mod forks;
 mod remote;
 mod snapshots;
 mod switching;
+mod telling;
 
 use std::{
     sync::{Arc, Mutex, OnceLock},
@@ -26,6 +27,8 @@ use dmlocal_model::{
 };
 use tokio::{sync::Notify, time::timeout};
 use uuid::Uuid;
+
+use self::telling::{Tale, Told, at_once, copy_journals};
 
 use crate::{
     config::Config,
@@ -326,19 +329,6 @@ impl Pair {
     }
 }
 
-/// What a later process finds of the journals; the earlier one may still have
-/// them open.
-fn copy_journals(from: &std::path::Path, to: &std::path::Path) {
-    for node in ["n0", "n1", "n2"] {
-        if !from.join(node).exists() {
-            continue;
-        }
-        std::fs::create_dir(to.join(node)).unwrap();
-        let file = format!("{node}/journal.redb");
-        std::fs::copy(from.join(&file), to.join(&file)).unwrap();
-    }
-}
-
 fn offer(record: &dmlocal_model::volume::Record, from: usize) -> Offer {
     let lent = record.lent().unwrap();
     Offer {
@@ -366,7 +356,7 @@ fn is_local(view: Option<&View>) -> bool {
 
 /// The demo's story. Calls are repeated as callers do; what was acknowledged is
 /// counted in `written`.
-async fn story(pair: &Pair, written: &Mutex<u64>) -> Result<(), ServiceError> {
+async fn story(pair: &Pair, written: &Mutex<u64>) -> Told {
     let [a, b] = &pair.services[..] else { panic!("two agents") };
     a.create(pair.id, VOLUME_BYTES, "").await?;
     a.attach(pair.id, None).await?;
@@ -424,62 +414,16 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
+const STORY: Tale = Tale { nodes: 2, actions: 40, step: 1 };
+
 #[test]
 fn the_story_ends_well_wherever_the_process_dies() {
-    for actions in 0.. {
-        let directory = tempfile::tempdir().unwrap();
-        let world = Arc::new(Mutex::new(World::new(2)));
-        let written = Arc::new(Mutex::new(0));
-        let first = runtime();
-        locked(&world).fuse = Some(actions);
-        let ended = first.block_on(async {
-            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
-            tokio::select! {
-                outcome = story(&pair, &written) => {
-                    outcome.unwrap();
-                    true
-                }
-                () = pair.died.notified() => false,
-            }
-        });
-        // Both agents stop where they are; what they have journalled is what
-        // another start finds.
-        first.shutdown_background();
-        if ended {
-            assert!(actions > 40, "the story has too few actions to be the story");
-            break;
-        }
-        let image = tempfile::tempdir().unwrap();
-        copy_journals(directory.path(), image.path());
-        locked(&world).fuse = None;
-        let written = *written.lock().unwrap();
-        runtime().block_on(async {
-            let pair = Pair::open(world, image.path()).await;
-            judge(&pair, written).await;
-        });
-    }
+    STORY.with_a_death(at_once, story, judge);
 }
 
 #[test]
 fn the_story_ends_well_whatever_fails() {
-    for actions in 0.. {
-        let directory = tempfile::tempdir().unwrap();
-        let world = Arc::new(Mutex::new(World::new(2)));
-        let written = Mutex::new(0);
-        let ended = runtime().block_on(async {
-            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
-            locked(&world).fault = Some(actions);
-            let _ = story(&pair, &written).await;
-            let untouched = locked(&world).fault.take().is_some();
-            let written = *written.lock().unwrap();
-            judge(&pair, written).await;
-            untouched
-        });
-        if ended {
-            assert!(actions > 40, "the story has too few actions to be the story");
-            break;
-        }
-    }
+    STORY.with_a_failure(at_once, story, judge);
 }
 
 fn one<T: std::fmt::Debug>(outcome: Result<T, ServiceError>) -> String {
@@ -709,7 +653,7 @@ fn a_clone_whose_metadata_is_lost_fails_and_is_never_begun_anew() {
 }
 
 /// A volume that moves on before it has arrived, and comes back to where it was.
-async fn chain(pair: &Pair, written: &Mutex<u64>) -> Result<(), ServiceError> {
+async fn chain(pair: &Pair, written: &Mutex<u64>) -> Told {
     let [a, b, c] = &pair.services[..] else { panic!("three agents") };
     a.create(pair.id, VOLUME_BYTES, "").await?;
     a.attach(pair.id, None).await?;
@@ -787,60 +731,16 @@ async fn judge_chain(pair: &Pair, written: u64) {
     assert!(locked(&pair.world).is_clean(home), "something is left after deletion");
 }
 
+const CHAIN: Tale = Tale { nodes: 3, actions: 80, step: 3 };
+
 #[test]
 fn a_chain_that_returns_ends_well_wherever_the_process_dies() {
-    for actions in (0..).step_by(3) {
-        let directory = tempfile::tempdir().unwrap();
-        let world = Arc::new(Mutex::new(World::new(3)));
-        let written = Arc::new(Mutex::new(0));
-        let first = runtime();
-        locked(&world).fuse = Some(actions);
-        let ended = first.block_on(async {
-            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
-            tokio::select! {
-                outcome = chain(&pair, &written) => {
-                    outcome.unwrap();
-                    true
-                }
-                () = pair.died.notified() => false,
-            }
-        });
-        first.shutdown_background();
-        if ended {
-            assert!(actions > 80, "the story has too few actions to be the story");
-            break;
-        }
-        let image = tempfile::tempdir().unwrap();
-        copy_journals(directory.path(), image.path());
-        locked(&world).fuse = None;
-        let written = *written.lock().unwrap();
-        runtime().block_on(async {
-            let pair = Pair::open(world, image.path()).await;
-            judge_chain(&pair, written).await;
-        });
-    }
+    CHAIN.with_a_death(at_once, chain, judge_chain);
 }
 
 #[test]
 fn a_chain_that_returns_ends_well_whatever_fails() {
-    for actions in (0..).step_by(3) {
-        let directory = tempfile::tempdir().unwrap();
-        let world = Arc::new(Mutex::new(World::new(3)));
-        let written = Mutex::new(0);
-        let ended = runtime().block_on(async {
-            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
-            locked(&world).fault = Some(actions);
-            let _ = chain(&pair, &written).await;
-            let untouched = locked(&world).fault.take().is_some();
-            let written = *written.lock().unwrap();
-            judge_chain(&pair, written).await;
-            untouched
-        });
-        if ended {
-            assert!(actions > 80, "the story has too few actions to be the story");
-            break;
-        }
-    }
+    CHAIN.with_a_failure(at_once, chain, judge_chain);
 }
 
 #[test]

@@ -3,7 +3,10 @@
 
 use dmlocal_model::volume::Origin;
 
-use super::*;
+use super::{
+    telling::{Tale, Told},
+    *,
+};
 
 fn snap(nth: u128) -> VolumeId {
     VolumeId::new(Uuid::from_u128(0x5eed << 64 | nth))
@@ -54,7 +57,7 @@ async fn arriving(pair: &Pair) {
 }
 
 /// How far it got is counted in `done`.
-async fn forked(pair: &Pair, done: &Mutex<u64>) -> Result<(), ServiceError> {
+async fn forked(pair: &Pair, done: &Mutex<u64>) -> Told {
     let b = &pair.services[1];
     let taken = b.take_snapshot(snap(1), pair.id).await?.record;
     *done.lock().unwrap() = 1;
@@ -98,62 +101,16 @@ async fn judge_forked(pair: &Pair, done: u64) {
     }
 }
 
+const FORKS: Tale = Tale { nodes: 2, actions: 40, step: 1 };
+
 #[test]
 fn snapshots_of_what_hydrates_end_well_wherever_the_process_dies() {
-    for actions in 0.. {
-        let directory = tempfile::tempdir().unwrap();
-        let world = Arc::new(Mutex::new(World::new(2)));
-        let done = Arc::new(Mutex::new(0));
-        let first = runtime();
-        let ended = first.block_on(async {
-            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
-            arriving(&pair).await;
-            locked(&world).fuse = Some(actions);
-            tokio::select! {
-                outcome = forked(&pair, &done) => {
-                    outcome.unwrap();
-                    true
-                }
-                () = pair.died.notified() => false,
-            }
-        });
-        first.shutdown_background();
-        if ended {
-            assert!(actions > 40, "the story has too few actions to be the story");
-            break;
-        }
-        let image = tempfile::tempdir().unwrap();
-        copy_journals(directory.path(), image.path());
-        locked(&world).fuse = None;
-        let done = *done.lock().unwrap();
-        runtime().block_on(async {
-            let pair = Pair::open(world, image.path()).await;
-            judge_forked(&pair, done).await;
-        });
-    }
+    FORKS.with_a_death(arriving, forked, judge_forked);
 }
 
 #[test]
 fn snapshots_of_what_hydrates_end_well_whatever_fails() {
-    for actions in 0.. {
-        let directory = tempfile::tempdir().unwrap();
-        let world = Arc::new(Mutex::new(World::new(2)));
-        let done = Mutex::new(0);
-        let ended = runtime().block_on(async {
-            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
-            arriving(&pair).await;
-            locked(&world).fault = Some(actions);
-            let _ = forked(&pair, &done).await;
-            let untouched = locked(&world).fault.take().is_some();
-            let done = *done.lock().unwrap();
-            judge_forked(&pair, done).await;
-            untouched
-        });
-        if ended {
-            assert!(actions > 40, "the story has too few actions to be the story");
-            break;
-        }
-    }
+    FORKS.with_a_failure(arriving, forked, judge_forked);
 }
 
 #[test]

@@ -2,7 +2,10 @@
 
 use dmlocal_model::volume::Origin;
 
-use super::*;
+use super::{
+    telling::{Tale, Told, at_once},
+    *,
+};
 use crate::{
     config::{Receive, WhenFull},
     service::Mode,
@@ -26,7 +29,7 @@ fn stage(view: Option<&View>) -> Option<ReceivingStage> {
 
 /// Used elsewhere and back home, elsewhere again, and copied there in the end. What
 /// was acknowledged is counted in `written`.
-async fn story(pair: &Pair, written: &Mutex<u64>) -> Result<(), ServiceError> {
+async fn story(pair: &Pair, written: &Mutex<u64>) -> Told {
     let [a, b] = &pair.services[..] else { panic!("two agents") };
     let id = pair.id;
     a.create(id, VOLUME_BYTES, "").await?;
@@ -107,60 +110,16 @@ async fn judge(pair: &Pair, written: u64) {
     assert!(locked(&pair.world).is_clean(home), "something is left after deletion");
 }
 
+const ELSEWHERE: Tale = Tale { nodes: 2, actions: 60, step: 1 };
+
 #[test]
 fn a_volume_is_used_elsewhere_and_ends_well_wherever_the_process_dies() {
-    for actions in 0.. {
-        let directory = tempfile::tempdir().unwrap();
-        let world = Arc::new(Mutex::new(World::new(2)));
-        let written = Arc::new(Mutex::new(0));
-        let first = runtime();
-        locked(&world).fuse = Some(actions);
-        let ended = first.block_on(async {
-            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
-            tokio::select! {
-                outcome = story(&pair, &written) => {
-                    outcome.unwrap();
-                    true
-                }
-                () = pair.died.notified() => false,
-            }
-        });
-        first.shutdown_background();
-        if ended {
-            assert!(actions > 60, "the story has too few actions to be the story");
-            break;
-        }
-        let image = tempfile::tempdir().unwrap();
-        copy_journals(directory.path(), image.path());
-        locked(&world).fuse = None;
-        let written = *written.lock().unwrap();
-        runtime().block_on(async {
-            let pair = Pair::open(world, image.path()).await;
-            judge(&pair, written).await;
-        });
-    }
+    ELSEWHERE.with_a_death(at_once, story, judge);
 }
 
 #[test]
 fn a_volume_is_used_elsewhere_and_ends_well_whatever_fails() {
-    for actions in 0.. {
-        let directory = tempfile::tempdir().unwrap();
-        let world = Arc::new(Mutex::new(World::new(2)));
-        let written = Mutex::new(0);
-        let ended = runtime().block_on(async {
-            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
-            locked(&world).fault = Some(actions);
-            let _ = story(&pair, &written).await;
-            let untouched = locked(&world).fault.take().is_some();
-            let written = *written.lock().unwrap();
-            judge(&pair, written).await;
-            untouched
-        });
-        if ended {
-            assert!(actions > 60, "the story has too few actions to be the story");
-            break;
-        }
-    }
+    ELSEWHERE.with_a_failure(at_once, story, judge);
 }
 
 #[test]

@@ -3,7 +3,10 @@
 
 use dmlocal_model::volume::Origin;
 
-use super::*;
+use super::{
+    telling::{Tale, Told, at_once},
+    *,
+};
 
 fn snap(nth: u128) -> VolumeId {
     VolumeId::new(Uuid::from_u128(0x5eed << 64 | nth))
@@ -51,7 +54,7 @@ impl Pair {
 
 /// The volume holds 100 and more, then 200 in region 0; the snapshot is of before.
 /// How far it got is counted in `done`.
-async fn copies(pair: &Pair, done: &Mutex<u64>) -> Result<(), ServiceError> {
+async fn copies(pair: &Pair, done: &Mutex<u64>) -> Told {
     let [a, b] = &pair.services[..] else { panic!("two agents") };
     let reached = |step| *done.lock().unwrap() = step;
     a.create(pair.id, VOLUME_BYTES, "").await?;
@@ -153,60 +156,16 @@ async fn judge_copies(pair: &Pair, done: u64) {
     }
 }
 
+const COPIES: Tale = Tale { nodes: 2, actions: 40, step: 1 };
+
 #[test]
 fn snapshots_end_well_wherever_the_process_dies() {
-    for actions in 0.. {
-        let directory = tempfile::tempdir().unwrap();
-        let world = Arc::new(Mutex::new(World::new(2)));
-        let done = Arc::new(Mutex::new(0));
-        let first = runtime();
-        locked(&world).fuse = Some(actions);
-        let ended = first.block_on(async {
-            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
-            tokio::select! {
-                outcome = copies(&pair, &done) => {
-                    outcome.unwrap();
-                    true
-                }
-                () = pair.died.notified() => false,
-            }
-        });
-        first.shutdown_background();
-        if ended {
-            assert!(actions > 40, "the story has too few actions to be the story");
-            break;
-        }
-        let image = tempfile::tempdir().unwrap();
-        copy_journals(directory.path(), image.path());
-        locked(&world).fuse = None;
-        let done = *done.lock().unwrap();
-        runtime().block_on(async {
-            let pair = Pair::open(world, image.path()).await;
-            judge_copies(&pair, done).await;
-        });
-    }
+    COPIES.with_a_death(at_once, copies, judge_copies);
 }
 
 #[test]
 fn snapshots_end_well_whatever_fails() {
-    for actions in 0.. {
-        let directory = tempfile::tempdir().unwrap();
-        let world = Arc::new(Mutex::new(World::new(2)));
-        let done = Mutex::new(0);
-        let ended = runtime().block_on(async {
-            let pair = Pair::open(Arc::clone(&world), directory.path()).await;
-            locked(&world).fault = Some(actions);
-            let _ = copies(&pair, &done).await;
-            let untouched = locked(&world).fault.take().is_some();
-            let done = *done.lock().unwrap();
-            judge_copies(&pair, done).await;
-            untouched
-        });
-        if ended {
-            assert!(actions > 40, "the story has too few actions to be the story");
-            break;
-        }
-    }
+    COPIES.with_a_failure(at_once, copies, judge_copies);
 }
 
 #[test]
