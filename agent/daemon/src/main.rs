@@ -37,6 +37,9 @@ thread_local! {
 /// How often it is seen whether there is room for copies of remote volumes now.
 const LOCALIZE: std::time::Duration = std::time::Duration::from_secs(10);
 
+/// Longest wait, when the agent is stopped, for consumers that wait for it.
+const GO_ON: std::time::Duration = std::time::Duration::from_secs(10);
+
 /// Makes node-local disks movable volumes.
 #[derive(Debug, Parser)]
 #[command(version)]
@@ -98,7 +101,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let store = Store::open(&config.state, &config.node)?;
     let kernel = Arc::new(RealKernel::new(&config, store.host())?);
     let peers = Arc::new(TlsPeers::new(config.tls.as_ref()).context("[tls]")?);
-    let volumes = Volumes::open(config.clone(), store, kernel, peers)?;
+    let volumes = Volumes::open(config.clone(), store, Arc::<RealKernel>::clone(&kernel), peers)?;
     let service = Arc::new(Service::new(Arc::clone(&volumes)).await?);
     volumes.recover().await?;
     for warning in service.warnings().await {
@@ -116,6 +119,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let (stop, stopping) = tokio::sync::watch::channel(false);
     let mut term = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let leaving = Arc::clone(&kernel);
     tokio::spawn(async move {
         tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }
         info!("stopping; devices and exports stay as they are");
@@ -123,6 +127,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         // Open streams would keep the servers waiting; nothing is lost by
         // ending them, because the journal is ahead of every act.
         tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        let_go(&leaving).await;
         std::process::exit(0);
     });
     let ready = || {
@@ -131,5 +136,16 @@ async fn run(config: Config) -> anyhow::Result<()> {
             warn!(%error, "systemd was not told");
         }
     };
-    rpc::serve(service, &config, ready, stopping).await
+    let outcome = rpc::serve(service, &config, ready, stopping).await;
+    let_go(&kernel).await;
+    outcome
+}
+
+/// Nobody waits for a process that has left.
+async fn let_go(kernel: &Arc<RealKernel>) {
+    let kernel = Arc::clone(kernel);
+    let gone_on = tokio::task::spawn_blocking(move || kernel.let_go(GO_ON)).await;
+    if !matches!(gone_on, Ok(true)) {
+        warn!("somebody's writes wait until the agent runs again");
+    }
 }

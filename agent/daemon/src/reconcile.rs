@@ -286,13 +286,17 @@ impl Volumes {
         Ok(Arc::new(volumes))
     }
 
-    /// Recovery: exports first, so that other nodes' copies go on; everything
-    /// else after that, and without waiting for any peer.
+    /// Recovery: consumers first whom a process has left waiting, because LVM may take
+    /// long; then exports, so that other nodes' copies go on; everything else after
+    /// that, and without waiting for any peer.
     ///
     /// # Errors
     /// Never for one volume's sake; each goes on trying by itself.
     pub async fn recover(self: &Arc<Self>) -> Result<(), ServiceError> {
         let slots: Vec<_> = locked(&self.slots).values().cloned().collect();
+        for slot in &slots {
+            self.let_go_on(slot).await?;
+        }
         let kernel = Arc::clone(&self.kernel);
         if let Err(error) = tokio::task::spawn_blocking(move || kernel.activate(None)).await? {
             warn!(%error, "not all logical volumes could be activated");
@@ -312,6 +316,27 @@ impl Volumes {
         for slot in sources.into_iter().chain(others) {
             slot.nudge.notify_one();
             tokio::spawn(Arc::clone(self).tend(slot));
+        }
+        Ok(())
+    }
+
+    /// What waits for a process that has died goes on. Whatever keeps it from that is
+    /// found again by the copy's own task.
+    async fn let_go_on(&self, slot: &Slot) -> Result<(), ServiceError> {
+        let record = slot.work.lock().await.record.clone();
+        let Some(record) = record.filter(plan::may_be_left_waiting) else { return Ok(()) };
+        let kernel = Arc::clone(&self.kernel);
+        let gone_on = tokio::task::spawn_blocking(move || {
+            // The clone, its discards, the handle; what fails is not tried for ever.
+            for _ in 0..4 {
+                let Some(step) = plan::left_waiting(&record, &kernel.look(&record)?) else { break };
+                info!(volume = %record.id, ?step, "goes on");
+                kernel.apply(&record, &step)?;
+            }
+            Ok::<_, StepError>(())
+        });
+        if let Err(error) = gone_on.await? {
+            warn!(volume = %slot.id, %error, "what was left waiting does not go on yet");
         }
         Ok(())
     }

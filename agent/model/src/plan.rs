@@ -14,11 +14,13 @@
 
 mod remote;
 mod seeding;
+mod waiting;
 
 use std::sync::Arc;
 
 use uuid::Uuid;
 
+pub use self::waiting::{left_waiting, may_be_left_waiting};
 use crate::{
     hydration,
     name::{self, DmName, Role},

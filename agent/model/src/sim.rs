@@ -203,6 +203,9 @@ pub struct World {
     pub careless: bool,
     /// Copying goes on while a snapshot is taken of what it has not brought yet.
     pub torn: bool,
+    /// LVM was asked for something while consumers of a clone that works waited for a
+    /// process that had died.
+    pub kept_waiting: bool,
     /// Such a snapshot is taken of what is known to be here on the disk.
     pub uncommitted: bool,
     /// Writes of handles that wait for a source: node, the way to the source, region,
@@ -227,6 +230,7 @@ impl World {
             careless: false,
             torn: false,
             uncommitted: false,
+            kept_waiting: false,
             sent: Vec::new(),
             late: Vec::new(),
             serial: 1,
@@ -292,8 +296,9 @@ impl World {
         self.nodes[node].lvs.values_mut().for_each(|lv| lv.metadata = Metadata::Garbage);
     }
 
-    /// Makes the logical volumes active, as start-up does.
+    /// Makes the logical volumes active, as start-up does: it may take long.
     pub fn activate(&mut self, node: usize) {
+        self.kept_waiting |= self.waits_for_nobody(node);
         self.nodes[node].lvs.values_mut().for_each(|lv| lv.active = true);
     }
 

@@ -27,6 +27,10 @@ use super::exec::{self, ExecError};
 /// How long lvm2 may take: it waits for locks and for devices that time out.
 const DEADLINE: Duration = Duration::from_secs(120);
 
+/// The last state of the metadata is backed up as ever, but no archive of every state is
+/// kept, which would grow without end.
+const NO_ARCHIVE: &str = "backup/archive=0";
+
 /// The longest line of a script, its newline included (`CMD_LEN` of
 /// tools/tools.h is 256, its terminator included).
 const LINE: usize = 255;
@@ -40,7 +44,8 @@ pub enum LvmError {
     /// The volume group or the thin pool has no room.
     #[error("no space: {0}")]
     NoSpace(ExecError),
-    /// The logical volume is open.
+    /// The logical volume is open, or somebody else works on the volume group and is not
+    /// waited for.
     #[error("in use: {0}")]
     InUse(ExecError),
     /// A logical volume of that name exists and is not the wanted one.
@@ -57,6 +62,9 @@ pub enum LvmError {
     /// A name, tag or path that lvm2 would read as something else.
     #[error("`{0}` is not a name for lvm2")]
     Name(String),
+    /// It has not ended, and may still do what it was to do.
+    #[error("lvm2 has not ended within {0:?}")]
+    Late(Duration),
     /// A report that cannot be understood.
     #[error("lvm2's report: {0}")]
     Report(String),
@@ -75,7 +83,7 @@ impl From<ExecError> for LvmError {
             || says("above threshold")
         {
             Self::NoSpace(error)
-        } else if says(" in use") || says("is used by another device") {
+        } else if says(" in use") || says("an't get lock") || says("is used by another device") {
             Self::InUse(error)
         } else {
             Self::Exec(error)
@@ -297,10 +305,14 @@ impl Vg {
         self.command("lvs", &args)
     }
 
-    /// A command that changes metadata: the last state is backed up as ever, but
-    /// no archive of every state is kept, which would grow without end.
+    /// A command that changes metadata.
     fn changing(&self, name: &str, args: &[&str]) -> Words {
-        let mut words = self.command(name, &["--config", "backup/archive=0"]);
+        self.changing_by(NO_ARCHIVE, name, args)
+    }
+
+    /// The same under these settings.
+    fn changing_by(&self, settings: &str, name: &str, args: &[&str]) -> Words {
+        let mut words = self.command(name, &["--config", settings]);
         words.extend(args.iter().map(ToString::to_string));
         words
     }

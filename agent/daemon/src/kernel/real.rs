@@ -2,6 +2,7 @@
 
 mod allocation;
 mod fork;
+mod pauses;
 mod seed;
 
 use std::{
@@ -23,6 +24,7 @@ use dmlocal_model::{
 };
 use uuid::Uuid;
 
+use self::pauses::Pauses;
 use super::{
     Kernel, PoolFacts, PoolUsage, StepError, Written, block,
     dm::{self, Dm, Remove, Udev},
@@ -75,6 +77,7 @@ pub struct RealKernel {
     host: Uuid,
     /// Where this daemon keeps what outlives it.
     state: PathBuf,
+    pauses: Pauses,
 }
 
 impl RealKernel {
@@ -108,7 +111,14 @@ impl RealKernel {
             host_nqn: format!("{NQN_PREFIX}{host}"),
             host,
             state: config.state.clone(),
+            pauses: Pauses::default(),
         })
+    }
+
+    /// Lets no consumer wait from now on; returns whether those that do wait have gone
+    /// on by then.
+    pub fn let_go(&self, patience: Duration) -> bool {
+        self.pauses.close(patience)
     }
 
     fn vg(&self, pool: &str) -> Result<MutexGuard<'_, Vg>, StepError> {
@@ -769,6 +779,7 @@ impl From<LvmError> for StepError {
         match error {
             LvmError::NoSpace(_) => Self::NoRoom(error.to_string()),
             LvmError::InUse(_) => Self::Busy(error.to_string()),
+            LvmError::Late(_) => Self::TimedOut(error.to_string()),
             LvmError::Taken { .. }
             | LvmError::Missing(_)
             | LvmError::Name(_)

@@ -70,6 +70,7 @@ async fn forked(pair: &Pair, done: &Mutex<u64>) -> Told {
 }
 
 async fn judge_forked(pair: &Pair, done: u64) {
+    assert!(!locked(&pair.world).kept_waiting, "a guest waited for LVM");
     let [a, b] = &pair.services[..] else { panic!("two agents") };
     pair.until(1, is_local).await;
     pair.until(0, |view| view.is_none()).await;

@@ -1,6 +1,7 @@
 //! Copies of other copies: snapshots, what is made of them, and going back to one.
 
 use super::*;
+use crate::plan::left_waiting;
 
 fn half_made(phase: Phase) -> Record {
     let mut half = Record { data: None, attached: false, ..record(phase) };
@@ -114,4 +115,28 @@ fn a_copy_that_was_fenced_for_a_snapshot_is_released_when_nobody_waits_for_it() 
     assert!(matches!(next(&half, &asked), Next::Allocate(_)));
     let released = half.after(Event::ReleaseAsked).unwrap();
     assert_eq!(next(&released, &idle), Next::Forget(vec![Step::RetireAll]));
+}
+
+#[test]
+fn what_a_process_has_left_waiting_goes_on_from_below_and_takes_no_discards() {
+    let record = receiving(ReceivingStage::Hydrating);
+    let mut seen = Seen { handle: handle(over_clone()), ..swing() };
+    assert_eq!(left_waiting(&record, &seen), None, "nothing waits");
+    let suspended = |device: Option<Device>| device.map(|d| Device { suspended: true, ..d });
+    let (clone, handle) = (suspended(seen.clone.clone()), suspended(seen.handle.clone()));
+    (seen.clone, seen.handle, seen.discards_blocked) = (clone, handle, false);
+    assert_eq!(left_waiting(&record, &seen), Some(Step::Resume(Role::Clone)));
+    seen.clone = swing().clone;
+    let number = seen.clone.as_ref().unwrap().number;
+    assert_eq!(left_waiting(&record, &seen), Some(Step::BlockDiscards(number)));
+    seen.discards_blocked = true;
+    assert_eq!(left_waiting(&record, &seen), Some(Step::Resume(Role::Handle)));
+
+    // What holds writes back would let them go, and what has failed must not go on.
+    let held = Seen { handle: suspended(held(SIZE)), ..seen.clone() };
+    assert_eq!(left_waiting(&record, &held), None);
+    let failure = Failure { why: "it is".into(), boot: boot() };
+    let failed = record.after(Event::Failed(failure)).unwrap();
+    assert_eq!(left_waiting(&failed, &seen), None);
+    assert_eq!(left_waiting(&receiving(ReceivingStage::Held), &seen), None);
 }

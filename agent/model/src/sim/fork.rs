@@ -99,6 +99,22 @@ impl World {
         Ok(())
     }
 
+    /// Whether a handle waits, over a clone that works, or that clone.
+    pub(super) fn waits_for_nobody(&self, node: usize) -> bool {
+        let mapped = &self.nodes[node].mapped;
+        let is_clone = |below: &super::Mapped| {
+            matches!(&below.live, Some(Table { target: Target::Clone { .. }, .. }))
+        };
+        mapped.values().filter(|device| device.suspended).any(|device| {
+            let below = match &device.live {
+                Some(Table { target: Target::Linear { device, .. }, .. }) => Some(*device),
+                _ => None,
+            };
+            is_clone(device)
+                || mapped.values().any(|other| Some(other.number) == below && is_clone(other))
+        })
+    }
+
     fn resume_twice(&mut self, node: usize, name: &str) -> Result<(), Fault> {
         match self.resume(node, name) {
             Err(Fault::Refused(_)) => self.resume(node, name),

@@ -1,6 +1,43 @@
 //! Thin snapshots.
 
-use super::{LVM_TAG, Lv, LvmError, Vg, Words, check_name, report::read_all_lvs};
+use std::{
+    sync::mpsc::{Receiver, RecvTimeoutError, sync_channel},
+    thread,
+    time::Duration,
+};
+
+use super::{LVM_TAG, Lv, LvmError, NO_ARCHIVE, Vg, Words, check_name, report::read_all_lvs};
+
+/// A lock that somebody else holds is an error at once.
+const AT_ONCE: &str = "backup/archive=0 global/wait_for_locks=0";
+
+/// A snapshot that lvm2 is taking.
+///
+/// It is never killed for being late: lvm2 suspends the origin meanwhile, and nobody
+/// would resume it.
+pub struct Taking(Receiver<Result<(), LvmError>>);
+
+impl Taking {
+    /// Waits for its end, but not longer than this.
+    ///
+    /// # Errors
+    /// What lvm2 said; or [`LvmError::Late`], and it goes on.
+    pub fn ended_within(&self, patience: Duration) -> Result<(), LvmError> {
+        match self.0.recv_timeout(patience) {
+            Ok(outcome) => outcome,
+            Err(RecvTimeoutError::Timeout) => Err(LvmError::Late(patience)),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(LvmError::Report("lvm2 was not run".to_owned()))
+            }
+        }
+    }
+
+    /// Waits until nothing more is made.
+    pub fn ended(self) {
+        // What was told before is told once.
+        let _ = self.0.recv();
+    }
+}
 
 impl Vg {
     /// Makes a thin snapshot of a thin volume, tagged and active; one that exists
@@ -34,12 +71,42 @@ impl Vg {
         self.taken(&read_all_lvs(&self.run(&lines)?)?, name, origin_uuid)
     }
 
+    /// Begins one while consumers wait: a lock that somebody else holds is not waited
+    /// for, a name that is taken is an error, and nothing else is asked of lvm2.
+    ///
+    /// # Errors
+    /// A name that is not one; all else is told by what is returned.
+    pub fn begin_snapshot(&self, name: &str, origin: &str) -> Result<Taking, LvmError> {
+        self.check()?;
+        check_name(name)?;
+        check_name(origin)?;
+        let (vg, line) = (self.clone(), self.taking_by(AT_ONCE, name, origin));
+        let (tell, told) = sync_channel(1);
+        thread::spawn(move || {
+            // Nobody listens any more: then nobody has to know.
+            let _ = tell.send(vg.run(&[line]).map(drop));
+        });
+        Ok(Taking(told))
+    }
+
+    /// The snapshot that was begun, once it has ended.
+    ///
+    /// # Errors
+    /// As for [`Vg::snapshot`].
+    pub fn begun(&self, name: &str, origin_uuid: &str) -> Result<Lv, LvmError> {
+        self.taken(&read_all_lvs(&self.run(&[self.report()])?)?, name, origin_uuid)
+    }
+
     pub(super) fn taking(&self, name: &str, origin: &str) -> Vec<Words> {
+        vec![self.taking_by(NO_ARCHIVE, name, origin), self.report()]
+    }
+
+    fn taking_by(&self, settings: &str, name: &str, origin: &str) -> Words {
         let path = format!("{}/{origin}", self.name);
         let tag = ["--addtag", LVM_TAG];
         // A snapshot would be skipped by activation otherwise (-kn).
         let args = ["--noudevsync", "-y", "-qq", "-kn", "-n", name, tag[0], tag[1], "-s", &path];
-        vec![self.changing("lvcreate", &args), self.report()]
+        self.changing_by(settings, "lvcreate", &args)
     }
 
     /// The snapshot out of a report that must have it. Whoever is of another origin
@@ -83,6 +150,15 @@ mod test {
             )
         );
         assert!(text.lines().nth(2).unwrap().ends_with("origin_uuid vg0"));
+    }
+
+    #[test]
+    fn a_snapshot_for_which_consumers_wait_waits_for_no_lock() {
+        let line = vg().taking_by(AT_ONCE, "new", "origin");
+        let settings: Vec<_> = line.windows(2).filter(|pair| pair[0] == "--config").collect();
+        // lvm2 takes the option once.
+        assert_eq!(settings.len(), 1);
+        assert_eq!(settings[0][1], "backup/archive=0 global/wait_for_locks=0");
     }
 
     #[test]

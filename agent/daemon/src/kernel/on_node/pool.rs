@@ -134,3 +134,31 @@ fn udev_looks_into_nothing_of_a_guests() {
         assert!(!Path::new("/run/udev/watch").join(format!("b{device}")).exists(), "{device}");
     }
 }
+
+#[test]
+#[ignore = "needs root and a node's kernel"]
+fn a_snapshot_for_which_consumers_wait_waits_for_no_lock_and_is_never_an_old_one() {
+    let bed = Bed::new();
+    let volume = Volume::new();
+    let (origin, name) = (volume.data(1), volume.data(2));
+    let made = bed.vg.create(Some((&origin, SIZE)), None, &[]).unwrap().remove(0);
+    let take = || bed.vg.begin_snapshot(&name, &origin).unwrap();
+    // As another lvm2 command holds it (lib/locking/file_locking.c, `_file_lock_resource`).
+    let lock = format!("/run/lock/lvm/V_{}", bed.vg.name);
+    let held = OpenOptions::new().read(true).append(true).create(true).open(lock).unwrap();
+    held.lock().unwrap();
+    let refused = timed("snapshot while the group is locked", || take().ended_within(LONG));
+    println!("{}", refused.as_ref().unwrap_err());
+    assert!(matches!(refused, Err(LvmError::InUse(_))), "{refused:?}");
+    drop(held);
+
+    let taking = take();
+    timed("snapshot", || taking.ended_within(LONG).unwrap());
+    taking.ended();
+    let taken = bed.vg.begun(&name, &made.uuid).unwrap();
+    let again = take().ended_within(LONG);
+    println!("{}", again.as_ref().unwrap_err());
+    assert!(matches!(again, Err(LvmError::Exec(_))), "{again:?}");
+    bed.vg.remove(&[(&name, &taken.uuid), (&origin, &made.uuid)]).unwrap();
+    assert!(bed.vg.lvs().unwrap().is_empty());
+}

@@ -11,10 +11,13 @@
 //!
 //! lvm2 runs meanwhile, and suspends the origin by itself, which is below all that waits
 //! and has nothing in flight. It is told which devices to look at, and ours are not
-//! among them. Its turn is waited for before anybody waits for it.
+//! among them. This process's turn is waited for before anybody waits for it; a lock
+//! that another process holds is not waited for at all. An lvm2 that is slow is not
+//! waited for either: consumers go on, and what it makes after that is of another moment
+//! and is taken away. What it made in time is looked at when consumers have gone on.
 //!
-//! A process that dies in between leaves a handle and a clone that wait; the volume's
-//! own recovery resumes both, as it does after every other step.
+//! A process that dies in between leaves a handle and a clone that wait; the next one
+//! resumes both before it asks anything of LVM.
 
 use std::{
     thread,
@@ -31,6 +34,9 @@ use tracing::debug;
 
 use super::{RealKernel, StepError, lv_uuid, seed::QUIET};
 use crate::kernel::block;
+
+/// Longest wait for lvm2, while consumers wait.
+const TAKEN: Duration = Duration::from_secs(5);
 
 /// Longest wait for copies that were begun, while consumers go on.
 const SETTLED: Duration = Duration::from_secs(1);
@@ -79,6 +85,8 @@ impl RealKernel {
         }
         self.dm.message(&clone, "disable_hydration")?;
         self.settle(&clone)?;
+        let mut begun = None;
+        let pause = self.pauses.begin()?;
         let began = Instant::now();
         if top.is_some() {
             self.dm.suspend(&handle, QUIET)?;
@@ -88,18 +96,26 @@ impl RealKernel {
             .and_then(|()| self.here_for_good(&clone))
             .and_then(|floor| {
                 self.dm.suspend(&clone, QUIET)?;
-                let data = vg.snapshot(&data_name, &of.name, &origin)?.dm_uuid();
+                let end = Instant::now() + TAKEN;
+                let lvm2 = begun.insert(vg.begin_snapshot(&data_name, &of.name)?);
                 block::copy(from.device, to.device, from.length.bytes())?;
-                Ok(Event::Forked { data, meta, floor })
+                lvm2.ended_within(end.saturating_duration_since(Instant::now()))?;
+                Ok(floor)
             });
         // Whatever came of it, and the clone first: nothing waits below a handle that
         // goes on.
         let below = self.resume_surely(&clone);
         let above = if top.is_some() { self.resume_surely(&handle) } else { Ok(()) };
         debug!(volume = %moving.id, waited = ?began.elapsed(), "consumers go on");
+        drop(pause);
+        if let Some(lvm2) = begun {
+            lvm2.ended();
+        }
         above?;
         below?;
-        taken
+        let floor = taken?;
+        let data = vg.begun(&data_name, &origin)?.dm_uuid();
+        Ok(Event::Forked { data, meta, floor })
     }
 
     /// Waits for background copies, so that consumers need not; what their own writes

@@ -120,6 +120,7 @@ impl RealKernel {
         runs: &'a [Run],
     ) -> Result<&'a [Run], StepError> {
         let top = self.dm.device(handle)?.is_some_and(|device| device.has_live);
+        let _pause = self.pauses.begin()?;
         if top {
             self.dm.suspend(handle, QUIET)?;
         }
