@@ -53,6 +53,7 @@ pub fn describe(
 fn at_rest(rest: Rest) -> String {
     match rest {
         Rest::Wait(Wait::Pool) => "the pool's logical volumes are not active".to_owned(),
+        Rest::Wait(Wait::Request) => "waits for the volume it is taken of".to_owned(),
         Rest::Wait(Wait::Readers) => "goes as soon as nothing reads it any more".to_owned(),
         Rest::Wait(Wait::Operator) => "a device is not as the journal says".to_owned(),
         Rest::Settled

@@ -28,7 +28,7 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// Longest wait for a peer's answer: a fence writes the page cache back first.
 const ANSWER: Duration = Duration::from_secs(60);
 
-/// Longest wait for a copy at a source: a volume here is not looked after meanwhile.
+/// Longest wait for a copy at a source, for which a caller waits.
 const COPY: Duration = Duration::from_secs(20);
 
 /// Why a peer did not do what it was asked.

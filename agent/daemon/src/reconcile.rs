@@ -194,8 +194,10 @@ pub struct Work {
     left: bool,
     /// Ask no other node now.
     silent: bool,
-    /// A request waits for this copy to be made of another, and holds that one's lock.
+    /// A request waits for this copy to be made of another.
     asked: bool,
+    /// It holds that one's lock as well.
+    steady: bool,
     activity: Activity,
     attempt: Option<Attempt>,
     source_map: Asked,
@@ -205,6 +207,16 @@ impl Work {
     /// Whether a request has left it half-made of another copy.
     pub fn is_half_made(&self) -> bool {
         self.record.as_ref().is_some_and(|record| record.lineage.template.is_some())
+    }
+
+    /// Whether a request waits for it to be made, perhaps without its lock.
+    pub const fn is_asked(&self) -> bool {
+        self.asked
+    }
+
+    /// A request waits for it to be made, or does so no more.
+    pub const fn ask(&mut self, asked: bool) {
+        self.asked = asked;
     }
 
     /// Why the volume is as it is, for people.
@@ -528,7 +540,9 @@ impl Volumes {
                 Some(Rest::Wait(Wait::Remote)) => Some(RETRY),
                 Some(Rest::Wait(Wait::Pool)) => Some(RETRY * 2),
                 Some(Rest::Wait(Wait::Peer)) if is_offered => Some(activity::LOOK),
-                Some(Rest::Wait(Wait::Operator | Wait::Peer | Wait::Readers)) => Some(WAITING_LOOK),
+                Some(Rest::Wait(Wait::Operator | Wait::Peer | Wait::Readers | Wait::Request)) => {
+                    Some(WAITING_LOOK)
+                }
                 None => Some(RETRY),
                 Some(Rest::Gone) => return,
             };
@@ -616,9 +630,10 @@ impl Volumes {
         slot: &Slot,
         work: &mut Work,
     ) -> Result<Rest, ServiceError> {
-        work.asked = true;
+        let asked = std::mem::replace(&mut work.asked, true);
+        work.steady = true;
         let outcome = self.converge(slot, work).await;
-        work.asked = false;
+        (work.asked, work.steady) = (asked, false);
         outcome
     }
 
@@ -773,7 +788,7 @@ impl Volumes {
         let is_high = usage.is_some_and(|usage| usage.scarcest() * 100.0 >= high);
         seen.map = work.source_map.map();
         seen.connecting = work.attempt.as_ref().is_some_and(Attempt::is_recent);
-        seen.asked = work.asked;
+        (seen.asked, seen.steady) = (work.asked, work.steady);
         seen.read = record.taken().is_some() && self.reader(record.id).is_some();
         let now = Instant::now();
         let share = work.progress.observe(record, &mut seen, is_high, now);

@@ -45,6 +45,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Calls go straight to the other agent, as long as there is a network.
 struct Direct {
     world: Arc<Mutex<World>>,
+    /// What a source has copied is told only once this is free.
+    copied: tokio::sync::Mutex<()>,
     services: OnceLock<Vec<Arc<Service>>>,
 }
 
@@ -108,6 +110,7 @@ impl Peers for Direct {
     ) -> Result<(ExportName, u64), PeerError> {
         let granted = refused(peer, self.at(peer)?.grant_copy(request.clone(), None).await)?;
         let export = granted.record.lent().unwrap().export.clone();
+        drop(self.copied.lock().await);
         Ok((export, granted.record.size.bytes()))
     }
 
@@ -161,6 +164,7 @@ struct Pair {
     world: Arc<Mutex<World>>,
     died: Arc<Notify>,
     services: Vec<Arc<Service>>,
+    peers: Arc<Direct>,
     id: VolumeId,
 }
 
@@ -205,7 +209,11 @@ impl Pair {
         change: impl Fn(&mut FakeKernel),
     ) -> Self {
         let died = Arc::new(Notify::new());
-        let peers = Arc::new(Direct { world: Arc::clone(&world), services: OnceLock::new() });
+        let peers = Arc::new(Direct {
+            world: Arc::clone(&world),
+            copied: tokio::sync::Mutex::default(),
+            services: OnceLock::new(),
+        });
         let mut services = Vec::new();
         let nodes = locked(&world).nodes.len();
         for node in 0..nodes {
@@ -223,12 +231,13 @@ impl Pair {
             let volumes = Volumes::open(config, store, Arc::new(kernel), peers).unwrap();
             services.push(Arc::new(Service::new(volumes).await.unwrap()));
         }
-        assert!(peers.services.set(services.clone()).is_ok());
+        let direct = peers;
+        assert!(direct.services.set(services.clone()).is_ok());
         for service in &services {
             service.volumes.recover().await.unwrap();
         }
         let id = "11111111-2222-4333-8444-555555555555".parse().unwrap();
-        Self { world, died, services, id }
+        Self { world, died, services, peers: direct, id }
     }
 
     fn view(&self, node: usize) -> Option<View> {
@@ -804,6 +813,7 @@ fn copies_wait_for_their_turn_and_say_so() {
             world: Arc::clone(&world),
             died: Arc::clone(&first.died),
             services: first.services.clone(),
+            peers: Arc::clone(&first.peers),
             id: "22222222-2222-4333-8444-555555555555".parse().unwrap(),
         };
         let [a, b] = &first.services[..] else { panic!("two agents") };

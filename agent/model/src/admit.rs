@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 pub(crate) use self::remote::not_remote;
 pub use self::{
-    moving::{CopyRequest, grant_copy, never_granted, reachable},
+    moving::{CopyRequest, grant_copy, never_granted, reachable, still},
     remote::{fence_served, localize, receive_remote, reclaim, serve},
     snapshots::{
         SnapshotRequest, Source as Made, create_of, delete_snapshot, grant_of, revert,

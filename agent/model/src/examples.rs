@@ -137,6 +137,7 @@ fn swing() -> Seen {
         resting: false,
         read: false,
         asked: false,
+        steady: false,
         tuned: Some((Tuning::default().threshold, Tuning::default().batch)),
         cache_dropped: true,
         announced: true,

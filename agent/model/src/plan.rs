@@ -71,6 +71,8 @@ pub struct Seen {
     /// Whether a request waits for this copy to be made, and keeps what it is made of
     /// as it is.
     pub asked: bool,
+    /// What it is to be made of cannot change meanwhile.
+    pub steady: bool,
     /// The settings that the clone was last given, when that is known.
     pub tuned: Option<(u32, u32)>,
     /// Whether the handle's page cache is known to have been dropped since
@@ -302,6 +304,8 @@ pub enum Wait {
     Peer,
     /// Those that still read a snapshot which is to go.
     Readers,
+    /// The request for which it is made.
+    Request,
 }
 
 /// The answer of [`next`].
@@ -667,6 +671,7 @@ impl Plan<'_> {
         match receiving.stage {
             S::Requesting | S::Forking if !self.seen.asked => Next::Journal(Event::DeleteAsked),
             S::Requesting => Next::Ask(Call::Copy),
+            S::Forking if !self.seen.steady => Next::Wait(Wait::Request),
             S::Forking => self.forking(receiving),
             S::Allocating => self.allocating(receiving),
             S::Aborting => self.aborting(receiving),

@@ -203,6 +203,8 @@ pub struct World {
     pub careless: bool,
     /// Copying goes on while a snapshot is taken of what it has not brought yet.
     pub torn: bool,
+    /// What is known to be here is lost once such a snapshot is taken.
+    pub spoiled: bool,
     /// LVM was asked for something while consumers of a clone that works waited for a
     /// process that had died.
     pub kept_waiting: bool,
@@ -230,6 +232,7 @@ impl World {
             careless: false,
             torn: false,
             uncommitted: false,
+            spoiled: false,
             kept_waiting: false,
             sent: Vec::new(),
             late: Vec::new(),
@@ -965,6 +968,7 @@ impl World {
             resting: false,
             read: false,
             asked: false,
+            steady: false,
             tuned: Some((record.tuning.threshold, record.tuning.batch)),
             cache_dropped: true,
             announced: true,

@@ -292,7 +292,7 @@ impl Cluster {
             let read = self.is_read(node, at.id);
             let asked = self.copies.asked;
             let there = self.world.look(node, &record);
-            let seen = plan::Seen { connecting, read, asked, map, ..there };
+            let seen = plan::Seen { connecting, read, asked, steady: asked, map, ..there };
             let next = plan::next(&record, &seen);
             if self.sabotage == Some(Sabotage::ReleasesEarly) && next == Next::Wait(Wait::Hydration)
             {

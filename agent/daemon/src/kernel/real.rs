@@ -551,6 +551,7 @@ impl Kernel for RealKernel {
             resting: false,
             read: false,
             asked: false,
+            steady: false,
             tuned: None,
             cache_dropped: false,
             announced: false,

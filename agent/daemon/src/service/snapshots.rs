@@ -2,17 +2,36 @@
 //! made of another copy holds that one's lock as well, so that it neither changes
 //! hands nor goes meanwhile.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use dmlocal_model::{
     admit::{self, CopyRequest, GrantRequest, Made, Refusal, SnapshotRequest, Which},
     name::{Generation, VolumeId},
+    plan::Wait,
     volume::{Borrower, Event, Origin, ReceivingStage, Record},
 };
+use tokio::time::sleep;
 use uuid::Uuid;
 
-use super::{GRANT_TARGETS, Granted, Room, Service, left_over};
-use crate::reconcile::{Copy, ServiceError, Slot, View, Work};
+use super::{Begun, GRANT_TARGETS, Granted, Room, Service, left_over};
+use crate::{
+    peers::PeerError,
+    reconcile::{Copy, Rest, ServiceError, Slot, View, Work},
+};
+
+/// How often it is seen whether another request about a snapshot has ended.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// How far a snapshot has got while its volume was held.
+enum Taking {
+    /// It is made.
+    Done(Box<View>),
+    /// The volume's source is to be asked first, and nobody waits at the volume for what
+    /// another node does.
+    Fork,
+    /// Another request is about the same.
+    Again,
+}
 
 /// Where an origin is on this node, whether it is there or not.
 fn copy_of(service: &Service, origin: Origin) -> Copy {
@@ -33,6 +52,23 @@ fn is_discarded(work: &Work) -> bool {
     stage == Some(ReceivingStage::Discarded)
 }
 
+fn is_at(record: &Record, stage: ReceivingStage) -> bool {
+    record.receiving().is_some_and(|receiving| receiving.stage == stage)
+}
+
+/// Whether what was made is what was asked for: the caller would take an answer for the
+/// deed.
+fn is_usable(work: &Work, rest: Rest) -> Result<Rest, ServiceError> {
+    let Some(record) = &work.record else { return Ok(rest) };
+    let failure = record.receiving().and_then(|receiving| receiving.failure.as_ref());
+    let why = match (failure, rest) {
+        (Some(failure), _) => failure.why.clone(),
+        (None, Rest::Wait(Wait::Operator | Wait::Pool)) => work.detail().to_owned(),
+        (None, _) => return Ok(rest),
+    };
+    Err(Refusal::VolumeFailed { id: record.id, why }.into())
+}
+
 impl Service {
     /// The copy of a volume that calls mean which name no generation.
     fn home(&self, id: VolumeId) -> Copy {
@@ -48,17 +84,31 @@ impl Service {
         id: VolumeId,
         volume: VolumeId,
     ) -> Result<View, ServiceError> {
+        let first = self.taking(id, volume).await;
+        match &first {
+            // It has arrived, or grown, while its source was asked.
+            Err(ServiceError::Refused(Refusal::VolumeMoving(of))) if *of == volume => {
+                self.taking(id, volume).await
+            }
+            _ => first,
+        }
+    }
+
+    async fn taking(&self, id: VolumeId, volume: VolumeId) -> Result<View, ServiceError> {
         let boot = self.volumes.kernel.boot();
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         let at = since.map_or(0, |since| since.as_secs());
         let (incarnation, grant) = (Uuid::new_v4(), Uuid::new_v4());
         let request = SnapshotRequest { id, volume, incarnation, grant, at };
-        self.volumes
-            .with_both(
-                (id, Generation::SNAPSHOT),
-                self.home(volume),
-                async |(slot, work), (_, source)| {
-                    self.begin_anew(slot, work).await?;
+        let copy = (id, Generation::SNAPSHOT);
+        loop {
+            self.nobody_asks(copy).await?;
+            let begun = self
+                .volumes
+                .with_both(copy, self.home(volume), async |(slot, work), (_, source)| {
+                    if work.is_asked() {
+                        return Ok(Taking::Again);
+                    }
                     if let (None, Some(record)) = (&work.record, source.record.clone()) {
                         let seen = self.volumes.look(&record, source).await?;
                         admit::reachable(&record, &seen)?;
@@ -72,11 +122,100 @@ impl Service {
                             admit::take_snapshot(known.record, &request, source, room, boot)
                         })
                         .await?;
+                    let requests = |record| is_at(record, ReceivingStage::Requesting);
+                    if begun.0 && work.record.as_ref().is_some_and(requests) {
+                        work.ask(true);
+                        return Ok(Taking::Fork);
+                    }
                     let outcome = self.volumes.converge_asked(slot, work).await;
-                    self.undo(slot, work, begun, outcome, Event::DeleteAsked).await
-                },
-            )
+                    let view = self.undo(slot, work, begun, outcome, Event::DeleteAsked).await?;
+                    Ok::<_, ServiceError>(Taking::Done(Box::new(view)))
+                })
+                .await?;
+            match begun {
+                Taking::Again => {}
+                Taking::Fork => return self.fork(&request).await,
+                Taking::Done(view) => return Ok(*view),
+            }
+        }
+    }
+
+    /// Goes on with a snapshot of a volume that hydrates. Its source is asked under the
+    /// snapshot's own lock; the volume's is taken only for as long as that is made which
+    /// must be of one moment, and then it must be what it was.
+    async fn fork(&self, request: &SnapshotRequest) -> Result<View, ServiceError> {
+        let (id, copy) = (request.id, (request.id, Generation::SNAPSHOT));
+        let gone = || ServiceError::from(Refusal::SnapshotNotFound(id));
+        let ours = |work: &Work| {
+            let record = work.record.as_ref();
+            record.is_some_and(|record| record.incarnation == request.incarnation)
+        };
+        let granted = self
+            .volumes
+            .with(copy, async |slot, work| match ours(work) {
+                true => self.volumes.converge(slot, work).await.map(drop),
+                false => Err(gone()),
+            })
+            .await;
+        let forked = match granted {
+            // It is taken back: nobody goes on asking.
+            Err(ServiceError::Peer(PeerError::Unreachable { node, .. })) => {
+                Err(Refusal::SourceAway { id: request.volume, node }.into())
+            }
+            Err(error) => Err(error),
+            Ok(()) => {
+                self.volumes
+                    .with_both(copy, self.home(request.volume), async |(slot, work), (_, of)| {
+                        // Somebody may have deleted it.
+                        let Some(record) = work
+                            .record
+                            .as_ref()
+                            .filter(|record| ours(work) && is_at(record, ReceivingStage::Forking))
+                        else {
+                            return Err(gone());
+                        };
+                        admit::still(record, of.record.as_ref())?;
+                        self.volumes.converge_asked(slot, work).await
+                    })
+                    .await
+            }
+        };
+        self.volumes
+            .with(copy, async |slot, work| {
+                if !ours(work) {
+                    return Err(forked.err().unwrap_or_else(gone));
+                }
+                work.ask(false);
+                let outcome = forked.and_then(|rest| is_usable(work, rest));
+                match self.undo(slot, work, Begun(true), outcome, Event::DeleteAsked).await {
+                    // Nothing is left here; the source hears of it when it can.
+                    Err(ServiceError::Undo { cause, undo })
+                        if matches!(*undo, ServiceError::Peer(_)) && is_discarded(work) =>
+                    {
+                        Err(*cause)
+                    }
+                    outcome => outcome,
+                }
+            })
             .await
+    }
+
+    /// What is half-made has been taken away, and nobody waits for it to be made: a
+    /// request that comes while another is under way has that one's outcome.
+    async fn nobody_asks(&self, copy: Copy) -> Result<(), ServiceError> {
+        loop {
+            let is_asked = self
+                .volumes
+                .with(copy, async |slot, work| match work.is_asked() {
+                    true => Ok(true),
+                    false => self.begin_anew(slot, work).await.map(|()| false),
+                })
+                .await?;
+            if !is_asked {
+                return Ok(());
+            }
+            sleep(AGAIN).await;
+        }
     }
 
     /// Deletes a snapshot; one that is not there is deleted already. Whoever names

@@ -179,3 +179,64 @@ fn a_snapshot_that_is_not_whole_is_of_no_use_yet_and_may_go_all_the_same() {
         assert!(locked(&world).is_clean(0));
     });
 }
+
+#[test]
+fn nobody_waits_at_a_volume_for_what_its_source_does() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        arriving(&pair).await;
+
+        // What it is taken of changes meanwhile: it is begun anew.
+        let gate = pair.peers.copied.lock().await;
+        let taking = {
+            let (b, id) = (Arc::clone(b), pair.id);
+            tokio::spawn(async move { b.take_snapshot(snap(1), id).await })
+        };
+        let again = {
+            let (b, id) = (Arc::clone(b), pair.id);
+            tokio::spawn(async move { b.take_snapshot(snap(1), id).await })
+        };
+        let copied = timeout(PATIENCE, async {
+            while a.volumes.view(snap(1)).is_none() {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        });
+        copied.await.unwrap();
+        let grant = a.volumes.view(snap(1)).unwrap().record.lent().unwrap().to.grant;
+        let larger = VOLUME_BYTES + REGION_BYTES;
+        timeout(PATIENCE, b.extend(pair.id, larger)).await.expect("it is locked").unwrap();
+        drop(gate);
+        let taken = taking.await.unwrap().unwrap().record;
+        assert_eq!(taken.size.bytes(), larger);
+        assert_ne!(taken.receiving().unwrap().source.grant, grant, "of two moments");
+        let second = again.await.unwrap().unwrap().record;
+        assert_eq!(second.incarnation, taken.incarnation, "two requests, two snapshots");
+    });
+}
+
+#[test]
+fn a_snapshot_whose_own_metadata_is_lost_is_not_answered_and_goes() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        arriving(&pair).await;
+        // There is something to lose.
+        locked(&world).hydrate();
+        locked(&world).hydrate();
+        locked(&world).spoiled = true;
+        assert_eq!(one(b.take_snapshot(snap(1), pair.id).await), "VOLUME_FAILED");
+        assert!(pair.snapshot(1, 1).is_none());
+        let left = timeout(PATIENCE, async {
+            while a.volumes.view(snap(1)).is_some() {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        });
+        left.await.unwrap();
+        pair.until(1, is_local).await;
+    });
+}

@@ -116,6 +116,21 @@ pub(super) fn fork(
     })
 }
 
+/// Whether a volume is still what a snapshot of it was begun of: its source has been asked
+/// meanwhile, and nobody held the volume.
+///
+/// # Errors
+/// It is not, or it is not on its way here any more.
+pub fn still(snapshot: &Record, volume: Option<&Record>) -> Result<(), Refusal> {
+    let of = snapshot.taken().ok_or(Refusal::SnapshotNotFound(snapshot.id))?;
+    let volume = volume.ok_or(Refusal::VolumeNotFound(of.volume))?;
+    let (receiving, template) = moving(volume)?;
+    let same = snapshot.lineage.template.as_ref() == Some(&template)
+        && (volume.incarnation, volume.size) == (of.incarnation, snapshot.size)
+        && snapshot.receiving().is_some_and(|own| own.length == receiving.length);
+    if same { Ok(()) } else { Err(Refusal::VolumeMoving(volume.id)) }
+}
+
 /// What a borrower asks of what was fenced for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CopyRequest {

@@ -89,7 +89,9 @@ fn a_snapshot_of_what_hydrates_asks_its_source_first_and_is_never_begun_anew() {
     assert_eq!(next(&requesting, &idle), Next::Journal(Event::DeleteAsked));
     let forking = requesting.after(Event::CopyGranted(export())).unwrap();
     assert_eq!(next(&forking, &idle), Next::Journal(Event::DeleteAsked));
-    let Next::Allocate(steps) = next(&forking, &asked) else { panic!("nothing is made") };
+    assert_eq!(next(&forking, &asked), Next::Wait(Wait::Request), "the volume may change");
+    let steady = Seen { steady: true, ..asked.clone() };
+    let Next::Allocate(steps) = next(&forking, &steady) else { panic!("nothing is made") };
     assert!(matches!(steps.as_slice(), [Step::Fork { .. }]), "{steps:?}");
     let gone = forking.clone().after(Event::DeleteAsked).unwrap();
     assert_eq!(next(&gone, &idle), Next::DoThen(Step::RetireAll, Event::Retired));

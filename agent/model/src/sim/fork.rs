@@ -66,6 +66,9 @@ impl World {
             return Err(Fault::Mismatch("no clone metadata".into()));
         };
         let floor = bits.iter().filter(|bit| **bit).count() as u64;
+        if let Some(meta) = self.nodes[node].lvs.get_mut(&meta_name).filter(|_| self.spoiled) {
+            meta.metadata = Metadata::Garbage;
+        }
         Ok(Event::Forked { data, meta, floor })
     }
 
