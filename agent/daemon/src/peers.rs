@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use dmlocal_model::{
     admit::{Claim, CopyRequest},
     forget::GrantFate,
-    name::{Generation, VolumeId},
+    name::{Generation, VolumeId, is_nqn},
     seeding::{AllocationMap, Unwritten},
     units::Sectors,
     volume::{Borrower, ExportName},
@@ -368,7 +368,8 @@ impl Peers for TlsPeers {
 fn export_of(answer: &v1::Grant) -> Option<ExportName> {
     answer.address.parse::<IpAddr>().ok()?;
     Some(ExportName {
-        subsystem_nqn: answer.subsystem_nqn.clone(),
+        // It ends up in the kernel's option strings, and names what is disconnected.
+        subsystem_nqn: Some(answer.subsystem_nqn.clone()).filter(|nqn| is_nqn(nqn))?,
         namespace_uuid: answer.namespace_uuid.parse().ok()?,
         namespace_nguid: answer.namespace_nguid.parse().ok()?,
         address: answer.address.clone(),

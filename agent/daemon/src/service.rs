@@ -555,14 +555,14 @@ impl Service {
         claim: &Claim,
         caller: Option<&str>,
     ) -> Result<(), ServiceError> {
-        let stone = self.volumes.tombstone(claim.grant)?;
         self.volumes
             .with(self.lent_under(id, claim.grant, claim.generation), async |slot, work| {
+                let stone = self.volumes.tombstone(claim.grant)?;
                 if is_done(&stone, id, work) {
                     return Ok(());
                 }
                 // Where there is a copy, whoever lacks its grant changes nothing.
-                if stone.is_none() && work.record.is_none() {
+                if stone.is_none() && work.record.is_none() && self.may_ask_for_copies(caller) {
                     self.volumes.bury(&admit::never_granted(id, claim))?;
                 }
                 self.change(id, slot, work, Room::None, |known| {
@@ -603,6 +603,14 @@ impl Service {
                 self.volumes.converge(slot, work).await.map(|_| ())
             })
             .await
+    }
+
+    /// Whether a request for a copy may come that has to find its grant spent: only of
+    /// what is fenced for its sender, which was so before the request began.
+    fn may_ask_for_copies(&self, caller: Option<&str>) -> bool {
+        self.volumes.views().iter().filter_map(|view| view.record.lent()).any(|lent| {
+            lent.stage == LentStage::Fenced && caller.is_none_or(|caller| caller == lent.to.node)
+        })
     }
 
     /// The copy that was lent under a grant; without one, whichever copy the
@@ -687,7 +695,7 @@ impl Service {
         self.volumes
             .views()
             .iter()
-            .filter(|view| view.record.pool == pool)
+            .filter(|view| view.record.pool == pool && view.record.is_promised())
             .map(|view| view.record.growing.unwrap_or(view.record.size).bytes())
             .sum()
     }

@@ -182,12 +182,17 @@ impl Store {
         })
     }
 
-    /// Writes a tombstone of a grant that no record belongs to.
+    /// Writes a tombstone of a grant that no record belongs to; one that is there says
+    /// more.
     ///
     /// # Errors
     /// The write failed, now or earlier.
     pub fn bury(&self, stone: &Tombstone) -> Result<(), StoreError> {
-        self.write(|write| bury(write, std::slice::from_ref(stone)))
+        self.write(|write| {
+            let key = stone.grant.to_string();
+            let known = write.open_table(TOMBSTONES)?.get(key.as_str())?.is_some();
+            if known { Ok(()) } else { bury(write, std::slice::from_ref(stone)) }
+        })
     }
 
     fn write(

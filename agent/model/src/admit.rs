@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 pub(crate) use self::remote::not_remote;
 pub use self::{
-    moving::{CopyRequest, grant_copy, never_granted, reachable, still},
+    moving::{CopyRequest, MAX_COPIES, grant_copy, lent_to, never_granted, reachable, still},
     remote::{fence_served, localize, receive_remote, reclaim, serve},
     snapshots::{
         SnapshotRequest, Source as Made, create_of, delete_snapshot, grant_of, revert,
@@ -206,6 +206,14 @@ pub enum Refusal {
         /// The source.
         node: String,
     },
+    /// The borrower has as many copies of what is fenced for it as it may have.
+    #[error("{limit} copies of volume {id} are being read for snapshots")]
+    CopiesExhausted {
+        /// The volume.
+        id: VolumeId,
+        /// How many there may be.
+        limit: usize,
+    },
     /// What is still missing is at a source that cannot be read.
     #[error("volume {id} lacks what is on {node}, which does not answer")]
     SourceAway {
@@ -331,6 +339,7 @@ impl Refusal {
             Self::ChainTooDeep { .. } => "CHAIN_TOO_DEEP",
             Self::SourceAlive { .. } => "SOURCE_ALIVE",
             Self::SourceAway { .. } => "SOURCE_AWAY",
+            Self::CopiesExhausted { .. } => "COPIES_EXHAUSTED",
             Self::SourceNotFenced(_) => "SOURCE_NOT_FENCED",
             Self::RegionsLost { .. } => "REGIONS_LOST",
             Self::SourceActive(_) => "SOURCE_ACTIVE",

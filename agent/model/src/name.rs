@@ -81,6 +81,11 @@ pub fn canonical_uuid(text: &str) -> Result<Uuid, InvalidId> {
     }
 }
 
+/// Whether this is the NQN of an export of dmlocal's.
+pub fn is_nqn(text: &str) -> bool {
+    text.strip_prefix(NQN_PREFIX).is_some_and(|rest| canonical_uuid(rest).is_ok())
+}
+
 impl fmt::Display for VolumeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.hyphenated().fmt(f)

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use dmlocal_model::{
     admit::{Claim, CopyRequest, Offer, Refusal, Which},
     hydration,
-    name::{DmName, Generation, Role, VolumeId, canonical_uuid},
+    name::{DmName, Generation, NQN_PREFIX, Role, VolumeId, canonical_uuid, is_nqn},
     seeding::AllocationMap,
     table::CloneStatus,
     units::Sectors,
@@ -44,6 +44,17 @@ pub(super) fn word(field: &'static str, text: &str) -> Result<String, ServiceErr
         });
     }
     Ok(text.to_owned())
+}
+
+/// Name of a subsystem of dmlocal's: it is connected and disconnected by it.
+fn nqn(field: &'static str, text: &str) -> Result<String, ServiceError> {
+    match is_nqn(text) {
+        true => Ok(text.to_owned()),
+        false => {
+            let problem = format!("must be {NQN_PREFIX} and a UUID");
+            Err(ServiceError::Argument { field, problem })
+        }
+    }
 }
 
 /// URL of an agent.
@@ -194,7 +205,7 @@ pub(super) fn offer(grant: v1::Grant, this_node: &str) -> Result<Offer, ServiceE
             hold: grant.hold,
             depth: grant.depth.max(1),
             export: ExportName {
-                subsystem_nqn: word("grant.subsystem_nqn", &grant.subsystem_nqn)?,
+                subsystem_nqn: nqn("grant.subsystem_nqn", &grant.subsystem_nqn)?,
                 namespace_uuid: uuid("grant.namespace_uuid", &grant.namespace_uuid)?,
                 namespace_nguid: uuid("grant.namespace_nguid", &grant.namespace_nguid)?,
                 address,
@@ -423,7 +434,7 @@ mod test {
             hold: true,
             address: "192.0.2.1".into(),
             port: 4420,
-            subsystem_nqn: "nqn.2014-08.org.nvmexpress:uuid:x".into(),
+            subsystem_nqn: format!("{NQN_PREFIX}{}", uuid(6)),
             namespace_uuid: uuid(4),
             namespace_nguid: uuid(5),
             api_version: API_VERSION,
@@ -469,6 +480,9 @@ mod test {
             field(|g| g.subsystem_nqn = "nqn,traddr=192.0.2.9".into()),
             "grant.subsystem_nqn"
         );
+        // What is disconnected by it must be an import of ours.
+        let foreign = |g: &mut v1::Grant| g.subsystem_nqn = "nqn.2020-01.com.example:disk".into();
+        assert_eq!(field(foreign), "grant.subsystem_nqn");
         assert_eq!(field(|g| g.address = "node-a".into()), "grant.address");
         assert_eq!(field(|g| g.port = 70000), "grant.port");
         assert_eq!(field(|g| g.port = 0), "grant.port");

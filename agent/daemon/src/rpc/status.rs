@@ -64,6 +64,11 @@ fn classify(error: &ServiceError) -> (Code, &'static str, HashMap<String, String
                 "GRANT_FENCED",
                 "SOURCE_ACTIVE",
                 "ROLE_FORBIDDEN",
+                "VOLUME_MOVING",
+                "NO_ROOM",
+                "POOL_MISSING",
+                "PORTS_EXHAUSTED",
+                "COPIES_EXHAUSTED",
             ]
             .into_iter()
             .find(|known| known == reason);
@@ -90,7 +95,9 @@ const fn refusal_code(refusal: &Refusal) -> Code {
         | Refusal::SizeSmaller { .. }
         | Refusal::SettingOutOfRange { .. }
         | Refusal::MoveToSelf(_) => Code::InvalidArgument,
-        Refusal::NoRoom { .. } | Refusal::PortsExhausted => Code::ResourceExhausted,
+        Refusal::NoRoom { .. } | Refusal::PortsExhausted | Refusal::CopiesExhausted { .. } => {
+            Code::ResourceExhausted
+        }
         Refusal::ChainTooDeep { .. } => Code::FailedPrecondition,
         Refusal::GrantUnknown(_) => Code::PermissionDenied,
         Refusal::LogicalBlockSize { .. }
@@ -160,7 +167,9 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
         | Refusal::RegionsLost { id, node } => {
             vec![("id", id.to_string()), ("node", node.clone())]
         }
-        Refusal::VolumeFailed { id, why } => vec![("id", id.to_string()), ("why", why.clone())],
+        Refusal::VolumeFailed { id, why } => {
+            vec![("id", id.to_string()), ("why", why.clone())]
+        }
         Refusal::MoveToSelf(node) | Refusal::SourceAlive { node } => vec![("node", node.clone())],
         Refusal::GenerationStale { present, named } => {
             vec![("present", present.to_string()), ("named", named.to_string())]
@@ -205,6 +214,9 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
             vec![("depth", depth.to_string()), ("limit", limit.to_string())]
         }
         Refusal::PortsExhausted => vec![],
+        Refusal::CopiesExhausted { id, limit } => {
+            vec![("id", id.to_string()), ("limit", limit.to_string())]
+        }
         Refusal::TargetMissing(target) => vec![("target", target.clone())],
         Refusal::AllocationUnknown { id, why } => {
             vec![("id", id.to_string()), ("why", why.clone())]

@@ -266,14 +266,22 @@ impl Service {
         }
         let claim = &request.claim;
         let volume = self.lent_under(request.volume, claim.grant, claim.generation);
+        // Before anything of anybody's is waited for or asked.
+        let view = self.volumes.view_of(volume);
+        admit::lent_to(view.as_ref().map(|view| &view.record), claim, caller)?;
         self.volumes
             .with_both((id, Generation::FIRST), volume, async |(slot, work), (_, source)| {
+                admit::lent_to(source.record.as_ref(), claim, caller)?;
                 self.begin_anew(slot, work).await?;
                 let spent = self.volumes.tombstone(request.grant)?;
                 let pool = beside(source);
                 let room = pool.as_deref().map_or(Room::None, Room::In);
                 let begun = self
                     .change(id, slot, work, room, |known| {
+                        if known.record.is_none() {
+                            let lent = admit::lent_to(source.record.as_ref(), claim, caller)?;
+                            self.one_more_copy(id, request.volume, &lent.to.node)?;
+                        }
                         // Under the lock of placements, as for any export.
                         let export = self.new_export();
                         let (volume, spent) = (source.record.as_ref(), spent.as_ref());
@@ -288,6 +296,20 @@ impl Service {
                 Ok(Granted { record })
             })
             .await
+    }
+
+    /// Whether a borrower may have another copy of what was fenced for it: their ids are
+    /// its own choice, and each takes a port.
+    fn one_more_copy(&self, id: VolumeId, volume: VolumeId, node: &str) -> Result<(), Refusal> {
+        if !self.volumes.copies(id).is_empty() {
+            return Err(Refusal::VolumeExists { id, field: "generation" });
+        }
+        let views = self.volumes.views();
+        let records = views.iter().map(|view| &view.record);
+        match records.filter(|record| record.is_read_by(node, volume)).count() {
+            0..admit::MAX_COPIES => Ok(()),
+            _ => Err(Refusal::CopiesExhausted { id: volume, limit: admit::MAX_COPIES }),
+        }
     }
 
     /// What is known of a snapshot.

@@ -1,7 +1,9 @@
 //! A snapshot of a volume that is still hydrating, with a failure or the process's death
 //! at every single action, and what bad requests get.
 
-use dmlocal_model::volume::Origin;
+use dmlocal_model::{admit, volume::Origin};
+
+use crate::kernel::PoolFacts;
 
 use super::{
     telling::{Tale, Told},
@@ -148,8 +150,11 @@ fn a_snapshot_that_is_not_whole_is_of_no_use_yet_and_may_go_all_the_same() {
         let stale = a.grant_copy(CopyRequest { claim, ..request.clone() }, Some("n1")).await;
         assert_eq!(one(stale), "GENERATION_STALE");
         assert!(a.volumes.view(snap(9)).is_none());
-        // A request that comes after its own end makes nothing.
+        // A request that comes after its own end makes nothing. Whoever has borrowed
+        // nothing leaves nothing behind.
         let ended = Claim { grant, incarnation: grant, generation: Generation(1), session: 0 };
+        assert_eq!(one(a.release(snap(9), &ended, Some("n9")).await), "GRANT_UNKNOWN");
+        assert_eq!(a.volumes.tombstone(grant).unwrap(), None);
         assert_eq!(one(a.release(snap(9), &ended, Some("n1")).await), "GRANT_UNKNOWN");
         assert_eq!(one(a.grant_copy(request, Some("n1")).await), "GRANT_UNKNOWN");
 
@@ -168,6 +173,7 @@ fn a_snapshot_that_is_not_whole_is_of_no_use_yet_and_may_go_all_the_same() {
         b.delete_snapshot(snap(1), None, false).await.unwrap();
         b.delete_snapshot(snap(1), None, false).await.unwrap();
         assert!(locked(&world).is_clean(1));
+        assert_eq!(b.provisioned("pool"), 0, "nothing of it is left here");
         locked(&world).network = true;
         pair.until_snapshot(1, |view| view.is_none()).await;
         let left = timeout(PATIENCE, async {
@@ -238,5 +244,54 @@ fn a_snapshot_whose_own_metadata_is_lost_is_not_answered_and_goes() {
         });
         left.await.unwrap();
         pair.until(1, is_local).await;
+    });
+}
+
+fn many_ports(node: usize) -> Config {
+    let mut config = config(node, 4);
+    config.export.as_mut().unwrap().ports.last = 4500;
+    config
+}
+
+#[test]
+fn a_source_needs_no_room_for_its_copies_and_makes_only_so_many() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        // No pool is larger than the one volume.
+        let change = |kernel: &mut FakeKernel| {
+            let size = VOLUME_BYTES * if kernel.node == 0 { 1 } else { 4 };
+            kernel.pool = Some(PoolFacts { size, ..roomy_pool() });
+        };
+        let pair = Pair::open_as(Arc::clone(&world), directory.path(), many_ports, change).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        arriving(&pair).await;
+        let other = made();
+        let full = a.create(other, VOLUME_BYTES, "").await;
+        assert_eq!(one(full), "NO_ROOM", "the source is as full as it may be");
+
+        b.take_snapshot(snap(1), pair.id).await.unwrap();
+        assert_eq!(a.provisioned("pool"), VOLUME_BYTES, "nobody writes its copy");
+
+        let record = pair.view(1).unwrap().record;
+        let Source { grant, generation, .. } = record.receiving().unwrap().source.clone();
+        let incarnation = record.incarnation;
+        let claim = Claim { grant, incarnation, generation, session: 0 };
+        let ask = |nth: u128| {
+            let (id, grant) = (snap(100 + nth), Uuid::from_u128(100 + nth));
+            let request = CopyRequest {
+                id,
+                incarnation: grant,
+                grant,
+                volume: pair.id,
+                claim: claim.clone(),
+            };
+            async move { a.grant_copy(request, Some("n1")).await }
+        };
+        for nth in 1..admit::MAX_COPIES as u128 {
+            ask(nth).await.unwrap();
+        }
+        assert_eq!(one(ask(99).await), "COPIES_EXHAUSTED");
+        ask(1).await.unwrap();
     });
 }

@@ -7,7 +7,10 @@
 
 use uuid::Uuid;
 
-use super::{Admitted, Claim, PoolRoom, Refusal, SnapshotRequest, claimed, not_failed, snapshots};
+use super::{
+    Admitted, Claim, PoolRoom, Refusal, SnapshotRequest, claimed, not_failed,
+    snapshots::{self, Needed},
+};
 use crate::{
     forget, hydration,
     name::{Generation, VolumeId},
@@ -106,8 +109,9 @@ pub(super) fn fork(
     let lineage = Lineage { taken: Some(taken), template: Some(template), ..Lineage::default() };
     let (id, incarnation) = (request.id, request.incarnation);
     let generation = Generation::SNAPSHOT;
+    let needed = Needed { data: volume.size.bytes(), meta };
     let admitted =
-        snapshots::made(id, incarnation, generation, volume, lineage, phase, room, meta)?;
+        snapshots::made(id, incarnation, generation, volume, lineage, phase, room, needed)?;
     Ok(match admitted {
         Admitted::Already => Admitted::Already,
         Admitted::Journal(record) => {
@@ -166,6 +170,26 @@ impl CopyRequest {
     }
 }
 
+/// Most copies that a source has at a time of one volume that it has fenced.
+pub const MAX_COPIES: usize = 16;
+
+/// The caller's own grant of a volume.
+///
+/// # Errors
+/// It has none, or the volume is of another generation.
+pub fn lent_to<'a>(
+    volume: Option<&'a Record>,
+    claim: &Claim,
+    caller: Option<&str>,
+) -> Result<&'a Lent, Refusal> {
+    let unknown = || Refusal::GrantUnknown(claim.grant);
+    let lent = claimed(volume.ok_or_else(unknown)?, claim)?;
+    match caller.is_none_or(|caller| caller == lent.to.node) {
+        true => Ok(lent),
+        false => Err(unknown()),
+    }
+}
+
 /// At the source: makes a copy of a volume that was fenced for the caller, for a
 /// snapshot there. It is fenced as well, because nobody ever writes it, and goes when it
 /// is released.
@@ -173,7 +197,6 @@ impl CopyRequest {
 /// # Errors
 /// The volume is not fenced for the caller, or not all of it is here; the grant was used
 /// before; or the id is taken.
-#[expect(clippy::too_many_arguments, reason = "what both a copy and its grant need")]
 pub fn grant_copy(
     existing: Option<&Record>,
     request: &CopyRequest,
@@ -184,15 +207,9 @@ pub fn grant_copy(
     spent: Option<&Tombstone>,
 ) -> Result<Admitted, Refusal> {
     let (id, grant) = (request.id, request.grant);
-    if spent.is_some() {
-        return Err(Refusal::GrantUnknown(grant));
-    }
     let unknown = Refusal::GrantUnknown(request.claim.grant);
+    let to = lent_to(volume, &request.claim, caller)?;
     let volume = volume.ok_or_else(|| unknown.clone())?;
-    let to = claimed(volume, &request.claim)?;
-    if caller.is_some_and(|caller| caller != to.to.node) {
-        return Err(unknown);
-    }
     let origin = Origin::Volume(volume.id);
     if let Some(existing) = existing {
         let lent = existing.lent().filter(|lent| lent.to.grant == grant);
@@ -203,6 +220,10 @@ pub fn grant_copy(
             true => Ok(Admitted::Already),
             false => Err(Refusal::VolumeExists { id, field: "grant" }),
         };
+    }
+    // After what exists: nobody but its holder ends what is open.
+    if spent.is_some() {
+        return Err(Refusal::GrantUnknown(grant));
     }
     match (&volume.phase, to.stage) {
         (Phase::Lent(_), LentStage::Fenced) => {}
@@ -229,7 +250,10 @@ pub fn grant_copy(
         session: 0,
         served_in: None,
     });
-    snapshots::made(id, request.incarnation, Generation::FIRST, volume, lineage, phase, room, 0)
+    let (incarnation, generation) = (request.incarnation, Generation::FIRST);
+    // Neither it nor the volume is ever written here again.
+    let needed = Needed { data: 0, meta: 0 };
+    snapshots::made(id, incarnation, generation, volume, lineage, phase, room, needed)
 }
 
 /// What a borrower's word that it needs a grant no more means where no such grant is

@@ -146,7 +146,7 @@ pub fn take_snapshot(
     let template = template(volume, boot)?;
     let lineage = Lineage { taken: Some(taken), template: Some(template), ..Lineage::default() };
     let (new, generation) = (request.incarnation, Generation::SNAPSHOT);
-    made(id, new, generation, volume, lineage, Phase::Creating, room, 0)
+    made(id, new, generation, volume, lineage, Phase::Creating, room, Needed::all_of(volume))
 }
 
 /// Whether a snapshot is on its way out.
@@ -156,8 +156,21 @@ fn is_going(snapshot: &Record) -> bool {
     snapshot.phase == Phase::Deleting || matches!(stage, Some(S::Discarding | S::Discarded))
 }
 
-/// A copy of `source`'s content, all of it, in the same pool, with so many bytes of
-/// clone metadata.
+/// Bytes that a copy may come to take in its pool.
+pub(super) struct Needed {
+    /// Of data: every block of it may be written again.
+    pub data: u64,
+    /// Of clone metadata.
+    pub meta: u64,
+}
+
+impl Needed {
+    fn all_of(source: &Record) -> Self {
+        Self { data: source.size.bytes(), meta: 0 }
+    }
+}
+
+/// A copy of `source`'s content, all of it, in the same pool.
 #[expect(clippy::too_many_arguments, reason = "what every copy is told by")]
 pub(super) fn made(
     id: VolumeId,
@@ -167,11 +180,10 @@ pub(super) fn made(
     lineage: Lineage,
     phase: Phase,
     room: Option<&PoolRoom>,
-    meta: u64,
+    needed: Needed,
 ) -> Result<Admitted, Refusal> {
     let room = room.ok_or_else(|| Refusal::PoolNotFound(source.pool.clone()))?;
-    // Every block of it may be written again, there or here.
-    room.check_room(source.size.bytes(), meta)?;
+    room.check_room(needed.data, needed.meta)?;
     Ok(Admitted::Journal(Box::new(Record {
         id,
         incarnation,
@@ -241,7 +253,16 @@ pub fn create_of(
     }
     let lineage =
         Lineage { made_of: Some(source.origin), template: Some(template), ..Lineage::default() };
-    made(id, incarnation, Generation::FIRST, record, lineage, Phase::Creating, room, 0)
+    made(
+        id,
+        incarnation,
+        Generation::FIRST,
+        record,
+        lineage,
+        Phase::Creating,
+        room,
+        Needed::all_of(record),
+    )
 }
 
 /// The same for one peer that is to receive it: a copy that exists for this grant
@@ -295,7 +316,16 @@ pub fn grant_of(
         session: 0,
         served_in: None,
     };
-    made(id, incarnation, Generation::FIRST, record, lineage, Phase::Lent(lent), room, 0)
+    made(
+        id,
+        incarnation,
+        Generation::FIRST,
+        record,
+        lineage,
+        Phase::Lent(lent),
+        room,
+        Needed::all_of(record),
+    )
 }
 
 /// Deletes a snapshot, at once or, if `defer`, as soon as nothing reads it.

@@ -17,7 +17,7 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{Phase, Record};
+use super::{LentStage, Phase, ReceivingStage, Record};
 use crate::{
     name::{DmName, Generation, Role, VolumeId},
     units::Sectors,
@@ -146,6 +146,28 @@ impl Record {
             }
             Phase::Local | Phase::Receiving(_) | Phase::Relaying(_) | Phase::Deleting => false,
         }
+    }
+}
+
+impl Record {
+    /// Whether this is a copy that was made of a volume for a node which reads it, and
+    /// which nobody ever writes any more.
+    pub fn is_read_by(&self, node: &str, volume: VolumeId) -> bool {
+        self.lineage.made_of == Some(Origin::Volume(volume))
+            && self.is_only_read()
+            && self.lent().is_some_and(|lent| lent.to.node == node)
+    }
+
+    fn is_only_read(&self) -> bool {
+        let Phase::Lent(lent) = &self.phase else { return false };
+        self.lineage.passing && matches!(lent.stage, LentStage::Fenced | LentStage::Releasing)
+    }
+
+    /// Whether it may come to take all of its size here. What is only read, and what has
+    /// nothing left here, never does.
+    pub fn is_promised(&self) -> bool {
+        let stage = self.receiving().map(|receiving| receiving.stage);
+        !self.is_only_read() && stage != Some(ReceivingStage::Discarded)
     }
 }
 
