@@ -883,7 +883,14 @@ impl Volumes {
             }
             _ => {}
         }
-        if let (Step::Allocate { .. }, Err(StepError::Failed(why))) = (&step, &outcome)
+        if let (Step::Fork { of, .. }, Err(StepError::TimedOut(why) | StepError::Busy(why))) =
+            (&step, &outcome)
+        {
+            let id = of.moving.as_ref().map_or(record.id, |moving| moving.id);
+            return Err(Refusal::VolumeBusy { id, why: why.clone() }.into());
+        }
+        if let (Step::Allocate { .. } | Step::Fork { .. }, Err(StepError::Failed(why))) =
+            (&step, &outcome)
             && !matches!(self.pool_facts(&record.pool, true).await, Ok(Some(_)))
         {
             return Err(Refusal::PoolMissing { pool: record.pool.clone(), why: why.clone() }.into());

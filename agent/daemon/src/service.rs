@@ -456,21 +456,23 @@ impl Service {
             .await
     }
 
-    /// Changes how a volume is copied.
+    /// Changes how a volume is copied, or a snapshot.
     ///
     /// # Errors
     /// See [`admit::tune`].
     pub async fn tune(&self, id: VolumeId, change: Change) -> Result<View, ServiceError> {
-        self.volumes
-            .with_newest(id, async |slot, work| {
-                self.change(id, slot, work, Room::None, |known| {
-                    admit::tune(known.record(id)?, change)
-                })
+        let tune = async |slot: &Slot, work: &mut Work| {
+            self.change(id, slot, work, Room::None, |known| admit::tune(known.record(id)?, change))
                 .await?;
-                self.volumes.converge(slot, work).await?;
-                self.shown(id)
-            })
-            .await
+            self.volumes.converge(slot, work).await?;
+            let copy = work.record.as_ref().map(|record| (record.id, record.made_in));
+            let view = copy.and_then(|copy| self.volumes.view_of(copy));
+            Ok(view.ok_or(Refusal::VolumeNotFound(id))?)
+        };
+        match (self.volumes.view(id), self.volumes.snapshot(id)) {
+            (None, Some(_)) => self.volumes.with((id, Generation::SNAPSHOT), tune).await,
+            _ => self.volumes.with_newest(id, tune).await,
+        }
     }
 
     /// What speaks for it that the guest has left: somebody's word, or what is seen.

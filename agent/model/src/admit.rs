@@ -206,6 +206,15 @@ pub enum Refusal {
         /// The source.
         node: String,
     },
+    /// What was to be of one moment could not be made in the time for which consumers are
+    /// let wait. Nothing is left of it.
+    #[error("volume {id} did not come to rest in time: {why}")]
+    VolumeBusy {
+        /// The volume.
+        id: VolumeId,
+        /// What took too long.
+        why: String,
+    },
     /// The borrower has as many copies of what is fenced for it as it may have.
     #[error("{limit} copies of volume {id} are being read for snapshots")]
     CopiesExhausted {
@@ -339,6 +348,7 @@ impl Refusal {
             Self::ChainTooDeep { .. } => "CHAIN_TOO_DEEP",
             Self::SourceAlive { .. } => "SOURCE_ALIVE",
             Self::SourceAway { .. } => "SOURCE_AWAY",
+            Self::VolumeBusy { .. } => "VOLUME_BUSY",
             Self::CopiesExhausted { .. } => "COPIES_EXHAUSTED",
             Self::SourceNotFenced(_) => "SOURCE_NOT_FENCED",
             Self::RegionsLost { .. } => "REGIONS_LOST",

@@ -68,10 +68,9 @@ pub struct Seen {
     pub resting: bool,
     /// Of a snapshot: whether another copy on this node still needs it.
     pub read: bool,
-    /// Whether a request waits for this copy to be made, and keeps what it is made of
-    /// as it is.
+    /// Whether a request waits for this copy to be made.
     pub asked: bool,
-    /// What it is to be made of cannot change meanwhile.
+    /// Whether it keeps what this is to be made of as it is.
     pub steady: bool,
     /// The settings that the clone was last given, when that is known.
     pub tuned: Option<(u32, u32)>,

@@ -1,5 +1,7 @@
 //! Messages to domain values and back. Nothing is decided here.
 
+mod snapshot;
+
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use dmlocal_model::{
@@ -14,6 +16,7 @@ use dmlocal_model::{
 use dmlocal_proto::{API_VERSION, OLDEST_API_VERSION, v1};
 use uuid::Uuid;
 
+pub(super) use self::snapshot::snapshot;
 use crate::{
     reconcile::{ServiceError, View},
     service::{Forgotten, Mode, bytes_left, lost},
@@ -362,50 +365,6 @@ pub(super) fn origin(field: &'static str, source: v1::Origin) -> Result<Origin, 
             Err(ServiceError::Argument { field, problem })
         }
     }
-}
-
-/// A snapshot as callers see it; none for what is no snapshot.
-pub(super) fn snapshot(view: &View, all: &[View]) -> Option<v1::Snapshot> {
-    use v1::SnapshotState as S;
-    let record = &view.record;
-    let taken = record.taken()?;
-    let stage = record.receiving().map(|receiving| receiving.stage);
-    let hydrates = stage.is_some_and(ReceivingStage::is_owner);
-    let state = match &record.phase {
-        Phase::Creating => S::Creating,
-        Phase::Local if !taken.deferred => S::Available,
-        Phase::Receiving(_) if hydrates && !taken.deferred => S::Hydrating,
-        Phase::Receiving(receiving)
-            if matches!(receiving.stage, ReceivingStage::Requesting | ReceivingStage::Forking) =>
-        {
-            S::Creating
-        }
-        Phase::Local
-        | Phase::Lent(_)
-        | Phase::Receiving(_)
-        | Phase::Relaying(_)
-        | Phase::Reverting(_)
-        | Phase::Deleting => S::Deleting,
-    };
-    let readers = all.iter().filter(|view| view.record.reads(record.id));
-    Some(v1::Snapshot {
-        id: record.id.to_string(),
-        volume_id: taken.volume.to_string(),
-        volume_incarnation: taken.incarnation.to_string(),
-        size_bytes: record.size.bytes(),
-        state: state as i32,
-        pool: record.pool.clone(),
-        logical_block_size: record.logical_block_size,
-        created_s: taken.at,
-        incarnation: record.incarnation.to_string(),
-        read_by: readers.map(|view| view.record.id.to_string()).collect(),
-        detail: view.detail.clone(),
-        bytes_left: bytes_left(view).filter(|_| hydrates),
-        source_node: record
-            .receiving()
-            .filter(|_| hydrates)
-            .map(|receiving| receiving.source.node.clone()),
-    })
 }
 
 fn seconds(time: SystemTime) -> u64 {

@@ -115,6 +115,7 @@ const fn refusal_code(refusal: &Refusal) -> Code {
         | Refusal::VolumeNotHeld(_)
         | Refusal::VolumeNotHydrating(_)
         | Refusal::VolumeFailed { .. }
+        | Refusal::VolumeBusy { .. }
         | Refusal::GenerationStale { .. }
         | Refusal::GrantFenced(_)
         | Refusal::SourceActive(_)
@@ -167,7 +168,7 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
         | Refusal::RegionsLost { id, node } => {
             vec![("id", id.to_string()), ("node", node.clone())]
         }
-        Refusal::VolumeFailed { id, why } => {
+        Refusal::VolumeFailed { id, why } | Refusal::VolumeBusy { id, why } => {
             vec![("id", id.to_string()), ("why", why.clone())]
         }
         Refusal::MoveToSelf(node) | Refusal::SourceAlive { node } => vec![("node", node.clone())],

@@ -270,8 +270,13 @@ fn a_source_needs_no_room_for_its_copies_and_makes_only_so_many() {
         let full = a.create(other, VOLUME_BYTES, "").await;
         assert_eq!(one(full), "NO_ROOM", "the source is as full as it may be");
 
-        b.take_snapshot(snap(1), pair.id).await.unwrap();
+        let change = Change { paused: Some(true), ..Change::default() };
+        b.tune(pair.id, change).await.unwrap();
+        let taken = b.take_snapshot(snap(1), pair.id).await.unwrap().record;
         assert_eq!(a.provisioned("pool"), VOLUME_BYTES, "nobody writes its copy");
+        assert!(taken.tuning.paused, "whoever pauses a volume means its snapshots, too");
+        let change = Change { paused: Some(false), ..Change::default() };
+        assert!(!b.tune(snap(1), change).await.unwrap().record.tuning.paused);
 
         let record = pair.view(1).unwrap().record;
         let Source { grant, generation, .. } = record.receiving().unwrap().source.clone();

@@ -115,7 +115,9 @@ pub(super) fn fork(
     Ok(match admitted {
         Admitted::Already => Admitted::Already,
         Admitted::Journal(record) => {
-            Admitted::Journal(Box::new(Record { came_by: Some(grant), ..*record }))
+            // Whoever lets the volume wait for its bytes means what is copied again, too.
+            let tuning = volume.tuning.clone();
+            Admitted::Journal(Box::new(Record { came_by: Some(grant), tuning, ..*record }))
         }
     })
 }

@@ -64,11 +64,13 @@ pub fn template(record: &Record, boot: Uuid) -> Result<Template, Refusal> {
 /// # Errors
 /// It is not there yet, not all of it, or it is on its way out.
 pub fn snapshot_template(record: &Record) -> Result<Template, Refusal> {
-    let arriving = record.receiving().is_some_and(|receiving| receiving.stage.is_owner());
-    if record.taken().is_some() && arriving {
+    let stage = record.receiving().map(|receiving| receiving.stage);
+    let whole = record.phase == Phase::Local || stage == Some(ReceivingStage::Parting);
+    let arriving = stage.is_some_and(ReceivingStage::is_owner);
+    if record.taken().is_some() && arriving && !whole {
         return Err(Refusal::VolumeMoving(record.id));
     }
-    let usable = record.phase == Phase::Local && record.taken().is_some_and(|t| !t.deferred);
+    let usable = whole && record.taken().is_some_and(|taken| !taken.deferred);
     let template = usable.then(|| of_data(record)).flatten();
     template.ok_or(Refusal::SnapshotNotFound(record.id))
 }

@@ -1,7 +1,10 @@
 //! Copies of other copies: snapshots, what is made of them, and going back to one.
 
 use super::*;
-use crate::plan::left_waiting;
+use crate::{
+    admit::{Refusal, snapshot_template},
+    plan::left_waiting,
+};
 
 fn half_made(phase: Phase) -> Record {
     let mut half = Record { data: None, attached: false, ..record(phase) };
@@ -117,6 +120,20 @@ fn a_copy_that_was_fenced_for_a_snapshot_is_released_when_nobody_waits_for_it() 
     assert!(matches!(next(&half, &asked), Next::Allocate(_)));
     let released = half.after(Event::ReleaseAsked).unwrap();
     assert_eq!(next(&released, &idle), Next::Forget(vec![Step::RetireAll]));
+}
+
+#[test]
+fn a_snapshot_is_of_use_as_soon_as_all_of_it_is_here_for_good() {
+    let at = |stage| Record { data: Some("data".into()), ..moving(stage) };
+    for stage in [ReceivingStage::Hydrating, ReceivingStage::Collapsing] {
+        let refusal = Refusal::VolumeMoving(at(stage).id);
+        assert_eq!(snapshot_template(&at(stage)), Err(refusal));
+    }
+    assert!(snapshot_template(&at(ReceivingStage::Parting)).is_ok(), "its source may be away");
+    for stage in [ReceivingStage::Requesting, ReceivingStage::Forking, ReceivingStage::Discarding] {
+        let refusal = Refusal::SnapshotNotFound(at(stage).id);
+        assert_eq!(snapshot_template(&at(stage)), Err(refusal));
+    }
 }
 
 #[test]
