@@ -162,12 +162,15 @@ pub struct Hydration {
     pub per_source: usize,
     /// Bytes per second of all together; 0 is no limit.
     pub rate_bytes_per_s: u64,
+    /// How much of the time consumers may wait so that a copy which they keep from going
+    /// on does, in percent, 0 to 50; 0 leaves it to the gaps that they leave.
+    pub push_percent: u32,
 }
 
 impl Default for Hydration {
     /// Few enough to leave a source's disks and network to its own guests.
     fn default() -> Self {
-        Self { at_once: 4, per_source: 2, rate_bytes_per_s: 0 }
+        Self { at_once: 4, per_source: 2, rate_bytes_per_s: 0, push_percent: 8 }
     }
 }
 
@@ -295,6 +298,9 @@ impl Config {
                 return wrong(field, "must be 1 to 1000");
             }
         }
+        if self.hydration.push_percent > 50 {
+            return wrong("hydration.push_percent", "must be 0 to 50");
+        }
         if self.receive.always_remote_above_bytes == Some(0) {
             return wrong(
                 "receive.always_remote_above_bytes",
@@ -400,6 +406,7 @@ mod test {
             ("[[pool]]", "[hydration]\nat_once = 0\n[[pool]]", "hydration.at_once"),
             ("[[pool]]", "[hydration]\nper_source = 1001\n[[pool]]", "hydration.per_source"),
             ("[[pool]]", "[hydration]\nrate = 5\n[[pool]]", "rate"),
+            ("[[pool]]", "[hydration]\npush_percent = 51\n[[pool]]", "hydration.push_percent"),
             ("[[pool]]", "[hydration]\nrate_bytes_per_s = -1\n[[pool]]", "rate_bytes_per_s"),
             ("[tls]", "[receive]\nwhen_full = \"wait\"\n[tls]", "when_full"),
             ("[tls]", "[receive]\nalways_remote_above_bytes = 0\n[tls]", "receive.always"),

@@ -20,6 +20,8 @@ pub struct Hydrations {
     limits: Limits,
     /// Bytes per second of all together; 0 is no limit.
     rate: u64,
+    /// The share of the time that consumers may wait for pushes, in percent; 0 is none.
+    push_percent: u32,
     shared: Mutex<Shared>,
 }
 
@@ -40,7 +42,13 @@ impl Hydrations {
     /// Nothing is copied yet.
     pub fn new(config: &config::Hydration) -> Self {
         let limits = Limits { at_once: config.at_once, per_source: config.per_source };
-        Self { limits, rate: config.rate_bytes_per_s, shared: Mutex::default() }
+        let (rate, push_percent) = (config.rate_bytes_per_s, config.push_percent);
+        Self { limits, rate, push_percent, shared: Mutex::default() }
+    }
+
+    /// The share of the time that consumers may wait for pushes, in percent; 0 is none.
+    pub const fn push_percent(&self) -> u32 {
+        self.push_percent
     }
 
     /// Notes that a copy could run, or could not, and what it has copied since the

@@ -7,6 +7,7 @@ mod hydrations;
 mod kernel;
 mod peers;
 mod progress;
+mod pushes;
 mod reconcile;
 mod rpc;
 mod service;

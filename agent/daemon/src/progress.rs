@@ -16,6 +16,8 @@ use dmlocal_model::{
     volume::{ReceivingStage, Record},
 };
 
+use crate::pushes::Pushes;
+
 /// Time over which the rate is averaged.
 const WINDOW: Duration = Duration::from_secs(5);
 
@@ -41,6 +43,8 @@ pub struct Progress {
     idle_since: Option<Instant>,
     /// How often it has had its turn in vain since its last new region.
     passes: u32,
+    /// Whether consumers keep it from going on.
+    pub pushes: Pushes,
 }
 
 /// Why copying must not go on at this moment, although it could.
@@ -148,7 +152,14 @@ impl Progress {
             (pause, _) => pause,
         };
         seen.resting = self.pause.is_some();
-        if place != Some(Place::Runs) || seen.resting {
+        let may_copy = place == Some(Place::Runs) && !seen.resting;
+        match seen.clone_status {
+            Some(CloneStatus::Working { enabled: true, hydrating, .. }) if may_copy => {
+                self.pushes.observe(true, hydrating > 0);
+            }
+            _ => self.pushes.observe(false, false),
+        }
+        if !may_copy {
             self.idle_since = None;
         } else if *self.idle_since.get_or_insert(now) + PATIENCE <= now {
             // The others first.

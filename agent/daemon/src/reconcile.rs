@@ -44,6 +44,7 @@ use crate::{
     kernel::{Kernel, PoolFacts, PoolUsage, StepError},
     peers::{Peer, PeerError, Peers},
     progress::Progress,
+    pushes,
     source_map::Asked,
     store::{Store, StoreError},
 };
@@ -527,13 +528,15 @@ impl Volumes {
     async fn tend(self: Arc<Self>, slot: Arc<Slot>) {
         let mut next_look = Instant::now();
         loop {
-            let (rest, is_offered) = {
+            let (rest, is_offered, is_starved) = {
                 let work = slot.work.lock().await;
-                (work.rest, work.record.as_ref().is_some_and(is_offered_with_hold))
+                let is_offered = work.record.as_ref().is_some_and(is_offered_with_hold);
+                (work.rest, is_offered, work.progress.pushes.is_starved())
             };
             let pause = match rest {
                 Some(Rest::Settled) => None,
                 Some(Rest::Wait(Wait::Switch)) => Some(HELD_POLL),
+                Some(Rest::Wait(Wait::Hydration)) if is_starved => Some(pushes::LOOK),
                 Some(Rest::Wait(Wait::Hydration | Wait::Source | Wait::Lost | Wait::Map)) => {
                     Some(COPY_LOOK)
                 }
@@ -794,6 +797,7 @@ impl Volumes {
         let share = work.progress.observe(record, &mut seen, is_high, now);
         let place = self.hydrations.place(copy, share.candidate, share.copied, now);
         work.progress.place(&mut seen, place, self.hydrations.is_spent(), now);
+        seen.push = work.progress.pushes.due(now, self.hydrations.push_percent());
         Ok(seen)
     }
 
@@ -863,6 +867,7 @@ impl Volumes {
         work: &mut Work,
     ) -> Result<Option<Event>, ServiceError> {
         let (kernel, owned, acted) = (Arc::clone(&self.kernel), record.clone(), step.clone());
+        let began = Instant::now();
         let outcome = tokio::task::spawn_blocking(move || kernel.apply(&owned, &acted)).await?;
         debug!(volume = %record.id, ?step, ?outcome, "step");
         match &step {
@@ -870,6 +875,10 @@ impl Volumes {
                 work.progress.tuned = Some((*threshold, *batch));
             }
             Step::LoadClone { .. } | Step::Seed(_) => work.progress.tuned = None,
+            Step::Push { how, .. } => {
+                let (percent, took) = (self.hydrations.push_percent(), began.elapsed());
+                work.progress.pushes.pushed(*how, took, percent, Instant::now());
+            }
             Step::OpenHandle(_) => work.progress.cache_dropped = false,
             Step::DropCache(_) => work.progress.cache_dropped = outcome.is_ok(),
             Step::Set(Role::Export, _) => work.progress.announced = false,

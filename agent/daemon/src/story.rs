@@ -3,6 +3,7 @@
 //! get.
 
 mod forks;
+mod pushes;
 mod remote;
 mod snapshots;
 mod switching;

@@ -135,6 +135,7 @@ fn swing() -> Seen {
         path_failed: false,
         connecting: false,
         resting: false,
+        push: None,
         read: false,
         asked: false,
         steady: false,

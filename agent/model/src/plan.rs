@@ -66,6 +66,8 @@ pub struct Seen {
     pub connecting: bool,
     /// Whether copying must rest for its byte rate or for the pool's sake.
     pub resting: bool,
+    /// Whether it is time to push a copy that consumers keep from going on, and how.
+    pub push: Option<Push>,
     /// Of a snapshot: whether another copy on this node still needs it.
     pub read: bool,
     /// Whether a request waits for this copy to be made.
@@ -132,6 +134,15 @@ pub struct Import {
     pub size: Option<Sectors>,
     /// Whether a controller is live: requests are answered, not queued.
     pub live: bool,
+}
+
+/// How a copy is pushed that consumers keep from going on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Push {
+    /// It is woken again and again for a moment, and begins in a gap that consumers leave.
+    Gap,
+    /// The same, and where there was no gap, consumers wait until it has begun.
+    Drain,
 }
 
 /// One idempotent action.
@@ -216,6 +227,14 @@ pub enum Step {
         threshold: u32,
         /// Contiguous regions as one.
         batch: u32,
+    },
+    /// Where nothing is being copied although it may be, have the clone begin: it begins
+    /// nothing while consumers have requests on their way.
+    Push {
+        /// Regions that are copied then, as the clone was last told.
+        threshold: u32,
+        /// Whether consumers may be made to wait for that.
+        how: Push,
     },
     /// Commit the clone's metadata and check twice, before and after, that every
     /// region is here and that it can still be written.
@@ -1081,6 +1100,9 @@ impl Plan<'_> {
         }
         if hydrated.saturating_sub(receiving.floor) >= total.div_ceil(8) {
             return Next::JournalFloor;
+        }
+        if let Some(how) = self.seen.push {
+            return one(Step::Push { threshold: tuning.threshold, how });
         }
         Next::Wait(Wait::Hydration)
     }

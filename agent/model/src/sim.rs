@@ -11,6 +11,7 @@
 //! resuming are two actions. Every action can be the last one before a crash.
 
 mod fork;
+mod push;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -107,6 +108,8 @@ struct Mapped {
     leaks: bool,
     /// Writes that were done through it.
     written: u64,
+    /// It got a push since the world last had time to copy.
+    pushed: bool,
 }
 
 impl Mapped {
@@ -210,6 +213,8 @@ pub struct World {
     pub kept_waiting: bool,
     /// Such a snapshot is taken of what is known to be here on the disk.
     pub uncommitted: bool,
+    /// Consumers always have requests on their way: clones begin no copy by themselves.
+    pub busy: bool,
     /// Writes of handles that wait for a source: node, the way to the source, region,
     /// value.
     sent: Vec<(usize, DevNo, usize, u64)>,
@@ -234,6 +239,7 @@ impl World {
             uncommitted: false,
             spoiled: false,
             kept_waiting: false,
+            busy: false,
             sent: Vec::new(),
             late: Vec::new(),
             serial: 1,
@@ -791,17 +797,26 @@ impl World {
                     _ => None,
                 })
                 .collect();
-            for (name, src) in clones {
-                let mapped = &self.nodes[node].mapped[&name];
-                let count = mapped.live.as_ref().map_or(0, regions);
-                let missing = mapped.bits[..count].iter().position(|bit| !bit);
-                let Some(region) = missing else { continue };
-                if let Io::Done(value) = self.read(node, src, region)
-                    && let Some(mapped) = self.nodes[node].mapped.get_mut(&name)
-                {
-                    mapped.copying = Some((region, value));
-                }
+            self.nodes[node].mapped.values_mut().for_each(|mapped| mapped.pushed = false);
+            if self.busy {
+                continue;
             }
+            for (name, src) in clones {
+                self.begin(node, &name, src);
+            }
+        }
+    }
+
+    /// Lets a clone begin its next copy, if it can be read.
+    fn begin(&mut self, node: usize, name: &str, src: DevNo) {
+        let mapped = &self.nodes[node].mapped[name];
+        let count = mapped.live.as_ref().map_or(0, regions);
+        let missing = mapped.bits[..count].iter().position(|bit| !bit);
+        let Some(region) = missing else { return };
+        if let Io::Done(value) = self.read(node, src, region)
+            && let Some(mapped) = self.nodes[node].mapped.get_mut(name)
+        {
+            mapped.copying = Some((region, value));
         }
     }
 
@@ -966,6 +981,11 @@ impl World {
             path_failed: false,
             connecting: false,
             resting: false,
+            push: clone
+                .is_some_and(|clone| {
+                    self.busy && clone.hydrating && clone.copying.is_none() && !clone.pushed
+                })
+                .then_some(plan::Push::Drain),
             read: false,
             asked: false,
             steady: false,
@@ -1081,6 +1101,8 @@ impl World {
                 self.change(node, &name(Role::Clone), |m| m.hydrating = *on)?;
             }
             Step::Seed(map) => self.seed(node, record, map)?,
+            Step::Push { how: plan::Push::Drain, .. } => self.push(node, record)?,
+            Step::Push { how: plan::Push::Gap, .. } => {}
             Step::Tune { .. } | Step::ReinstatePath(_) | Step::DropCache(_) => self.act()?,
             Step::Commit => {
                 self.act()?;
@@ -1229,6 +1251,7 @@ impl World {
                 held: Vec::new(),
                 leaks: false,
                 written: 0,
+                pushed: false,
             };
             self.nodes[node].mapped.insert(name.to_owned(), fresh);
         }

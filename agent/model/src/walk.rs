@@ -1338,9 +1338,10 @@ fn story(cluster: &mut Cluster) -> Result<(), Stop> {
 
 #[test]
 fn the_story_ends_well_wherever_the_process_dies() {
-    for power_too in [false, true] {
+    for (power_too, busy) in [(false, false), (false, true), (true, false), (true, true)] {
         for actions in 0.. {
             let mut cluster = Cluster::new();
+            cluster.world.busy = busy;
             cluster.world.fuse = Some(actions);
             let outcome = story(&mut cluster);
             cluster.world.fuse = None;

@@ -94,7 +94,7 @@ impl Kernel for FakeKernel {
 
     fn look(&self, record: &Record) -> Result<Seen, StepError> {
         let seen = locked(&self.world).look(self.node, record);
-        Ok(Seen { tuned: None, cache_dropped: false, announced: false, ..seen })
+        Ok(Seen { tuned: None, cache_dropped: false, announced: false, push: None, ..seen })
     }
 
     fn handle(&self, id: VolumeId) -> Result<Option<Device>, StepError> {

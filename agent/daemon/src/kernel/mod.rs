@@ -141,7 +141,7 @@ pub trait Kernel: Send + Sync + 'static {
     /// The kernel cannot be asked.
     fn ours(&self) -> Result<Vec<String>, StepError>;
 
-    /// Everything that is there for a volume. `connecting`, `resting`, `tuned`,
+    /// Everything that is there for a volume. `connecting`, `resting`, `push`, `tuned`,
     /// `cache_dropped`, `announced` and `map` are the caller's to fill in.
     ///
     /// # Errors

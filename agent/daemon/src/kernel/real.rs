@@ -3,6 +3,7 @@
 mod allocation;
 mod fork;
 mod pauses;
+mod push;
 mod seed;
 
 use std::{
@@ -549,6 +550,7 @@ impl Kernel for RealKernel {
             path_failed,
             connecting: false,
             resting: false,
+            push: None,
             read: false,
             asked: false,
             steady: false,
@@ -628,6 +630,7 @@ impl Kernel for RealKernel {
                 self.message_clone(record, &format!("hydration_threshold {threshold}"))?;
                 self.message_clone(record, &format!("hydration_batch_size {batch}"))?;
             }
+            Step::Push { threshold, how } => self.push(record, *threshold, *how)?,
             Step::Commit => self.commit(record)?,
             Step::ReinstatePath(device) => {
                 self.dm.message(&name(Role::Src), &format!("reinstate_path {device}"))?;

@@ -297,6 +297,8 @@ fn walk(ops: &[Op], sabotage: Option<Sabotage>) -> Result<(), String> {
         if ops.len().is_multiple_of(2) {
             (0..SMALL).for_each(|region| cluster.write(0, region));
         }
+        // In some, consumers never let a clone copy by itself.
+        cluster.world.busy = ops.len().is_multiple_of(3);
         for op in ops {
             cluster.run(op);
         }
