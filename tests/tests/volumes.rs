@@ -114,6 +114,9 @@ const EXTENT: &str = "DMLOCAL_SCENARIOS";
 
 /// Those that a change has to pass, and that are too much for every try: `--long`.
 const LONG: &[&str] = &[
+    "agents_killed_around_the_switch_go_on",
+    "discards_are_refused_until_everything_is_here",
+    "a_pool_of_other_blocks_takes_no_volume_from_elsewhere",
     "a_volume_is_written_elsewhere_and_comes_home",
     "writes_overlap_with_copying",
     "a_source_that_is_still_written_is_not_fenced",
