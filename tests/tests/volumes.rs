@@ -129,7 +129,6 @@ const LONG: &[&str] = &[
     "no_host_looks_into_a_volume",
     "a_snapshot_is_of_one_moment_and_a_volume_goes_back_to_it",
     "a_volume_is_made_of_a_snapshot_on_another_node",
-    "a_snapshot_of_a_hydrating_volume_is_of_its_moment",
     "only_what_was_written_travels_below_a_running_writer",
     "agents_killed_while_marking_what_was_never_written_go_on",
     "a_kernel_without_dm_clone_is_named",
@@ -143,6 +142,7 @@ const LONG: &[&str] = &[
 /// Those that wait for the kernel's own timeouts or for a whole shutdown, and those whose
 /// rules others hold to as well: `--full`.
 const FULL: &[&str] = &[
+    "a_snapshot_of_a_hydrating_volume_is_of_its_moment",
     "two_volumes_pass_each_other",
     "a_volume_grows_while_it_is_copied",
     "only_what_was_written_travels_cold_and_back",
