@@ -31,6 +31,15 @@ const DEADLINE: Duration = Duration::from_secs(120);
 /// kept, which would grow without end.
 const NO_ARCHIVE: &str = "backup/archive=0";
 
+/// The same for a command that may find the thin pool inactive, with what lvm2's authors
+/// mean by default (lib/config/defaults.h, `DEFAULT_THIN_CHECK_OPTION2`). Debian's build
+/// lacks the second option. A power cut may leave blocks of the pool given out to nobody:
+/// dm-thin takes a block and maps it in two steps, and commits whenever a flush comes
+/// between them. `thin_check` gives such blocks back with that option, and without it
+/// calls them an error, so that lvm2 refuses to activate the pool.
+const CHECKING: &str =
+    r#"backup/archive=0 global/thin_check_options=["-q","--clear-needs-check-flag"]"#;
+
 /// The longest line of a script, its newline included (`CMD_LEN` of
 /// tools/tools.h is 256, its terminator included).
 const LINE: usize = 255;
@@ -296,7 +305,7 @@ impl Vg {
         let paths: Vec<String> = names.iter().map(|name| format!("{}/{name}", self.name)).collect();
         let mut args = vec!["-y", "-qq", "-K", "-ay"];
         args.extend(paths.iter().map(String::as_str));
-        self.changing("lvchange", &args)
+        self.changing_by(CHECKING, "lvchange", &args)
     }
 
     fn report(&self) -> Words {

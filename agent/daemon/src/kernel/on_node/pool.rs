@@ -135,6 +135,107 @@ fn udev_looks_into_nothing_of_a_guests() {
     }
 }
 
+/// The metadata of the thin pool, as it lies on its disk: dm-thin-metadata.c's superblock
+/// and dm-space-map-common.h's bitmaps, in blocks of 4 KiB.
+struct Metadata {
+    disk: File,
+    start: u64,
+}
+
+impl Metadata {
+    /// Of a pool that is active now. It may be written only while it is not.
+    fn new(bed: &Bed) -> Self {
+        let name = format!("{}-{}_tmeta", bed.vg.name.replace('-', "--"), bed.vg.thin_pool);
+        let table = sh("dmsetup", &["table", &name]);
+        let words: Vec<&str> = table.split_whitespace().collect();
+        let &["0", _, "linear", disk, sector] = &words[..] else { panic!("{table}") };
+        let sector: u64 = sector.parse().unwrap();
+        Self { disk: open(disk.parse().unwrap(), true), start: sector * 512 }
+    }
+
+    fn read(&self, block: u64) -> Vec<u8> {
+        read_at(&self.disk, self.start + block * 4096).unwrap()
+    }
+
+    /// The block with the first of the data blocks' counts, two bits for each.
+    fn counts(&self) -> u64 {
+        let number =
+            |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        // `data_space_map_root`, and in it `bitmap_root`: a B-tree, here of one node.
+        let root = self.read(number(&self.read(0), 64 + 16));
+        let (is_leaf, most) =
+            (root[4] & 2 != 0, u32::from_le_bytes(root[20..24].try_into().unwrap()));
+        assert!(is_leaf, "a larger pool than this test reads");
+        number(&root, 32 + 8 * usize::try_from(most).unwrap())
+    }
+
+    /// Which data block is given out last.
+    const LAST: usize = 16319;
+
+    fn is_last_taken(&self) -> bool {
+        self.read(self.counts())[16 + Self::LAST / 4] & 0x80 != 0
+    }
+
+    fn take_last(&self) {
+        let block = self.counts();
+        let mut buffer = Buffer::new(4096);
+        let bytes = buffer.bytes();
+        bytes.copy_from_slice(&self.read(block));
+        bytes[16 + Self::LAST / 4] |= 0x80;
+        // `BITMAP_CSUM_XOR`, over all but the sum itself.
+        let sum = crc32c(&bytes[4..]) ^ 240_779;
+        bytes[..4].copy_from_slice(&sum.to_le_bytes());
+        self.disk.write_all_at(bytes, self.start + block * 4096).unwrap();
+    }
+}
+
+/// CRC-32C as the kernel's `crc32c(~0, …)`: nothing is inverted at the end.
+fn crc32c(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(!0, |sum, byte| {
+        (0..8).fold(sum ^ u32::from(*byte), |sum, _| {
+            (sum >> 1) ^ (0x82f6_3b78 & (sum & 1).wrapping_neg())
+        })
+    })
+}
+
+#[test]
+#[ignore = "needs root and a node's kernel"]
+fn a_pool_from_which_a_power_cut_took_a_block_is_activated() {
+    let bed = Bed::new();
+    bed.vg.activate().unwrap();
+    let metadata = Metadata::new(&bed);
+    let device = bed.vg.devices[0].to_str().unwrap();
+    let off = || sh("lvm", &["vgchange", "--devices", device, "-an", &bed.vg.name]);
+    // Taken and mapped nowhere, which takes a cut between two commits to happen by itself.
+    let lose = || {
+        off();
+        assert!(!metadata.is_last_taken());
+        metadata.take_last();
+        assert!(metadata.is_last_taken());
+    };
+    lose();
+    let path = format!("{}/{}", bed.vg.name, bed.vg.thin_pool);
+    let args = ["lvchange", "--devices", device, "-qq", "-ay", &path];
+    println!("lvm2 by itself: {:?}", exec::run("lvm", &args, None, LONG));
+    off();
+    if !metadata.is_last_taken() {
+        metadata.take_last();
+    }
+    bed.vg.activate().unwrap();
+    assert!(bed.vg.pool().unwrap().unwrap().active);
+    off();
+    assert!(!metadata.is_last_taken(), "the block is not given back");
+
+    // By a creation, which activates the pool that it needs.
+    lose();
+    let data = Volume::new().data(1);
+    let made = bed.vg.create(Some((&data, SIZE)), None, &[]).unwrap().remove(0);
+    bed.vg.remove(&[(&data, &made.uuid)]).unwrap();
+    off();
+    assert!(!metadata.is_last_taken(), "the block is not given back");
+    bed.vg.activate().unwrap();
+}
+
 #[test]
 #[ignore = "needs root and a node's kernel"]
 fn a_snapshot_for_which_consumers_wait_waits_for_no_lock_and_is_never_an_old_one() {
