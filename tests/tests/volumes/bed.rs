@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use dmlocal_testbed::{Cluster, Node, Options, Running, repository};
+use dmlocal_testbed::{Cluster, Node, Options, Output, Running, repository};
 use serde_json::Value;
 
 /// How long anything may take that should take moments.
@@ -412,6 +412,32 @@ pub fn kill_agents_during(at_work: &Running, nodes: [&Node; 2]) -> Result<()> {
     ensure!(!at_work.has_ended(), "it had ended before the agents were killed");
     agent_answers(first, &before[0])?;
     agent_answers(second, &before[1])
+}
+
+/// Kills a node's agent once it has suspended a device in the course of an order, and waits
+/// until it is back. What the order has come to is the answer.
+pub fn kill_agent_once_suspended(node: &Node, device: &str, order: &str) -> Result<Output> {
+    let script = format!(
+        "pid=$(systemctl show --property MainPID --value dmlocald)
+         device=/sys/block/$(dmsetup info -c --noheadings -o blkdevname {device})
+         exec 3<> <(:)
+         echo waiting
+         until read -r suspended <$device/dm/suspended && ((suspended)); do
+             read -r -t 0.01 -u 3
+         done
+         kill -KILL $pid
+         cat $device/dm/suspended
+         echo $pid"
+    );
+    let killer = node.spawn(&["bash", "-c", &script])?;
+    killer.wait_for_text("waiting", SOON)?;
+    let order = node.spawn(&order.split_whitespace().collect::<Vec<_>>())?;
+    let told = killer.wait(SOON)?.ok()?;
+    let mut words = told.split_whitespace().skip(1);
+    ensure!(words.next() == Some("1"), "it was resumed before its agent died: {told}");
+    let answer = order.wait(LATER)?;
+    agent_answers(node, words.next().context("whom it killed")?)?;
+    Ok(answer)
 }
 
 /// Kills a node's agent; its process id is the answer.

@@ -1,12 +1,14 @@
 //! Snapshots, and volumes that are made of them, here and elsewhere.
 
-use std::{fs, thread, time::Duration};
+use std::fs;
 
 use anyhow::{Context, Result, bail, ensure};
 use dmlocal_testbed::Node;
 use serde_json::Value;
 
-use crate::bed::{Bed, LATER, SOON, Volume, ctl, kill_agent, refused, until};
+use crate::bed::{
+    Bed, LATER, SOON, Volume, ctl, kill_agent, kill_agent_once_suspended, refused, until,
+};
 
 pub fn new_id() -> Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().to_owned())
@@ -222,13 +224,12 @@ pub fn a_snapshot_of_a_hydrating_volume_is_of_its_moment(bed: &Bed) -> Result<()
     refused(b, &of(&doomed), "VOLUME_MOVING")?;
     ctl(b, &format!("snapshot delete {doomed}"))?;
     wait_until_gone(b, &doomed)?;
-    let mut line = vec!["dmlocalctl"];
-    let asked = take(&killed);
-    line.extend(asked.split_whitespace());
-    let dying = b.spawn(&line)?;
-    thread::sleep(Duration::from_millis(400));
-    kill_agent(b)?;
-    let answer = dying.wait(SOON)?;
+    let clones = b.shell("dmsetup ls --target clone")?.ok()?;
+    let clone = clones.split_whitespace().find(|name| name.contains(&volume.id));
+    let clone = clone.context("no clone")?;
+    let order = format!("dmlocalctl {}", take(&killed));
+    let answer = kill_agent_once_suspended(b, clone, &order)?;
+    writer.progress()?;
     until("what was half-made to go", SOON, || match listed(b, &killed)? {
         Some(one) if one["state"] == "creating" || one["state"] == "deleting" => {
             Ok(Err(one.to_string()))
