@@ -38,7 +38,7 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
     packages::ensure(packages::BUILDING)?;
     if !arguments.no_vm {
         // Before the others are built: all of it at once keeps every processor busy.
-        run::build_for_nodes()?;
+        run::build_with_tests()?;
     }
     let only: Vec<&str> = arguments.only.as_deref().into_iter().collect();
     run::cargo(&[&["test", "--release", "--workspace", "--"], &only[..]].concat(), &[])?;

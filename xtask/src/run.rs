@@ -35,13 +35,21 @@ pub(crate) fn cargo(arguments: &[&str], variables: &[(&str, &str)]) -> Result<()
 
 /// Builds what goes onto nodes, and installs what that takes.
 pub(crate) fn build_for_nodes() -> Result<()> {
+    build(&["--bins"])
+}
+
+/// Builds what goes onto nodes and the tests with it, so that both agree on every
+/// dependency's features and build each once.
+pub(crate) fn build_with_tests() -> Result<()> {
+    build(&["--bins", "--tests"])
+}
+
+fn build(targets: &[&str]) -> Result<()> {
     packages::ensure(&[packages::BUILDING, packages::NODES].concat())?;
     thread::scope(|scope| {
         let base = scope.spawn(dmlocal_testbed::image::prepare);
-        // The tests are built along, so that this and `cargo test` agree on every
-        // dependency's features and build each once.
-        let built =
-            cargo(&["build", "--release", "--workspace", "--bins", "--tests", "--quiet"], &[]);
+        let arguments = ["build", "--release", "--workspace", "--quiet"];
+        let built = cargo(&[&arguments, targets].concat(), &[]);
         match base.join() {
             Ok(prepared) => built.and(prepared),
             Err(_) => bail!("preparing the nodes' system panicked"),
