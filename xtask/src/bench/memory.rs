@@ -32,12 +32,12 @@ impl Bench<'_> {
                 "pids=; for worker in $(seq {WORKERS}); do ({line}) & pids=\"$pids $!\"; done; \
                  for pid in $pids; do wait $pid || exit 1; done"
             );
-            shell(self.a, &all)
+            shell(self.b, &all)
         };
         rounds(EARLY_ROUNDS)?;
-        let early = rss_mib(self.a)?;
+        let early = rss_mib(self.b)?;
         rounds(ROUNDS - EARLY_ROUNDS)?;
-        let late = rss_mib(self.a)?;
+        let late = rss_mib(self.b)?;
         Ok(Row {
             name: "rss_growth_200_rounds",
             value: late / early,
