@@ -170,7 +170,7 @@ pub struct Hydration {
 impl Default for Hydration {
     /// Few enough to leave a source's disks and network to its own guests.
     fn default() -> Self {
-        Self { at_once: 4, per_source: 2, rate_bytes_per_s: 0, push_percent: 8 }
+        Self { at_once: 4, per_source: 2, rate_bytes_per_s: 0, push_percent: 12 }
     }
 }
 

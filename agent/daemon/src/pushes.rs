@@ -16,7 +16,7 @@ const STARVED: u32 = 2;
 const WELL: u32 = 8;
 
 /// How often a starved copy is looked at.
-pub const LOOK: Duration = Duration::from_millis(if cfg!(test) { 2 } else { 50 });
+pub const LOOK: Duration = Duration::from_millis(if cfg!(test) { 2 } else { 35 });
 
 /// How long a gap is looked for.
 pub const GAP: Duration = Duration::from_millis(10);

@@ -73,10 +73,10 @@ pub struct Tuning {
 }
 
 impl Default for Tuning {
-    /// Copies of 1 MiB, up to 2 MiB on the way, with 64 KiB regions: the guest first.
+    /// Copies of 1 MiB, up to 1.1 MiB on the way, with 64 KiB regions: the guest first.
     /// More on the way is faster where nobody reads, and keeps those who do waiting.
     fn default() -> Self {
-        Self { paused: false, rate: 0, threshold: 32, batch: 16, priority: 0 }
+        Self { paused: false, rate: 0, threshold: 18, batch: 16, priority: 0 }
     }
 }
 
