@@ -1,0 +1,209 @@
+"""Where a volume is: the copies that nodes have of it, and which of them is the volume.
+
+Nothing here is remembered. Cinder's record of a volume says where to look first; what
+the agents answer is the truth. A volume that moved when nobody was listening, because
+the guest's first write at its new node switched it over, is found all the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from cinder_dmlocal import errors
+from cinder_dmlocal.fleet import Fleet, Node
+from cinder_dmlocal.wire import dmlocal_pb2 as pb
+
+# States in which a copy is the volume: nobody else has the right to write.
+_OWNERS = frozenset(
+    {
+        pb.VOLUME_STATE_LOCAL,
+        pb.VOLUME_STATE_HYDRATING,
+        pb.VOLUME_STATE_COLLAPSING,
+        pb.VOLUME_STATE_PUBLISHED,
+        pb.VOLUME_STATE_REMOTE,
+        pb.VOLUME_STATE_STALLED,
+        pb.VOLUME_STATE_FAILED,
+        pb.VOLUME_STATE_DAMAGED,
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What Cinder knows of a volume.
+
+    `hosts` has the host of each attachment that has one, so a host may be there twice.
+    """
+
+    id: str
+    home: str
+    hosts: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """A volume as one node has it."""
+
+    node: Node
+    volume: Any
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is received, and waits for the fence of its source."""
+        return bool(self.volume.state == pb.VOLUME_STATE_HELD)
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether it is offered to another node, and not fenced yet."""
+        return bool(self.volume.state == pb.VOLUME_STATE_PUBLISHED)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is used here while its data is at its source."""
+        return bool(self.volume.state == pb.VOLUME_STATE_REMOTE)
+
+    @property
+    def is_fenced(self) -> bool:
+        """Whether the right to write has gone to another node."""
+        return bool(self.volume.state == pb.VOLUME_STATE_FENCED)
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether it is the volume."""
+        return self.volume.state in _OWNERS
+
+    @property
+    def home(self) -> str:
+        """The node that the volume belongs to: what is only held may yet be given up."""
+        is_elsewhere = self.is_remote or self.is_held
+        return str(self.volume.source_node) if is_elsewhere else self.node.name
+
+    def is_promised(self, other: Copy | None) -> bool:
+        """Whether it is offered under the grant by which the other is held."""
+        return (
+            other is not None
+            and self.is_offered
+            and other.is_held
+            and self.volume.grant_id == other.volume.grant_id
+        )
+
+    def which(self) -> dict[str, Any]:
+        """What names this copy in a request, so that a late one hits nothing else."""
+        return {
+            'id': self.volume.id,
+            'generation': self.volume.generation,
+            'incarnation': self.volume.incarnation,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What was found of a volume."""
+
+    fleet: Fleet
+    known: Known
+    copies: dict[str, Copy] = dataclasses.field(default_factory=dict)
+    failed: dict[str, errors.AgentError] = dataclasses.field(default_factory=dict)
+
+    @property
+    def owner(self) -> Copy | None:
+        """The copy that is the volume.
+
+        While a switch is under way that is the destination's: its source is fenced,
+        and it goes on by itself.
+
+        A copy that has never been handed over can only be where it was created. One that
+        is elsewhere is what a creation left whose answer was lost, and holds nothing.
+        """
+        owners = [copy for copy in self.copies.values() if copy.is_owner]
+        owners = [copy for copy in owners if not self._is_left_over(copy)]
+        if owners:
+            return max(owners, key=lambda copy: copy.volume.generation)
+        for copy in self.copies.values():
+            if copy.is_fenced:
+                heir = self.copies.get(copy.volume.peer_node)
+                if heir is not None and heir.volume.grant_id == copy.volume.grant_id:
+                    return heir
+        return None
+
+    def _is_left_over(self, copy: Copy) -> bool:
+        if copy.volume.generation > 1 or copy.node.name == self.known.home:
+            return False
+        return not copy.is_promised(self.copies.get(copy.volume.peer_node))
+
+    def must_have_owner(self) -> Copy:
+        """The same.
+
+        Raises errors.Lost, errors.Unreachable or errors.NotFound if there is none.
+        """
+        owner = self.owner
+        if owner is not None:
+            return owner
+        for name in self._likely():
+            error = self.failed.get(name)
+            if not isinstance(error, errors.Unreachable):
+                continue
+            if self.fleet[name].is_dead:
+                raise errors.Lost(what=f'Volume {self.known.id}', node=name)
+            raise error
+        raise errors.NotFound(
+            what=f'volume {self.known.id}', silent=errors.silent(self.failed) or 'none'
+        )
+
+    def _likely(self) -> list[str]:
+        """Nodes that should have the volume, the likeliest first."""
+        heirs = [copy.volume.peer_node for copy in self.copies.values() if copy.is_fenced]
+        sources = [copy.volume.source_node for copy in self.copies.values() if copy.is_held]
+        return [*heirs, *sources, self.known.home]
+
+
+def find(fleet: Fleet, known: Known, first: str | None = None) -> Found:
+    """Looks for a volume's copies: on the node `first`, then where Cinder believes it.
+
+    What a copy says of other nodes is followed. Only where none of these has the volume,
+    and the node that should have it has answered, is everybody asked. Nodes that do not
+    answer are noted, not raised.
+    """
+    found = Found(fleet, known)
+    _follow(found, [known.home] if first is None else [first, known.home])
+    if found.owner is None:
+        _follow(found, known.hosts)
+    if found.owner is None and _is_absent(found.failed.get(known.home)):
+        _ask_the_rest(found)
+    return found
+
+
+def _follow(found: Found, names: Iterable[str]) -> None:
+    request = pb.GetVolumeRequest(id=found.known.id)
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop(0)
+        if name in found.copies or name in found.failed or name not in found.fleet:
+            continue
+        node = found.fleet[name]
+        try:
+            copy = Copy(node, node.look(node.volumes.Get, request))
+        except errors.AgentError as error:
+            found.failed[name] = error
+            continue
+        found.copies[name] = copy
+        if copy.is_offered or copy.is_fenced:
+            waiting.insert(0, copy.volume.peer_node)
+        elif copy.is_held:
+            waiting.insert(0, copy.volume.source_node)
+
+
+def _is_absent(error: errors.AgentError | None) -> bool:
+    return isinstance(error, errors.Refused) and error.reason == 'VOLUME_NOT_FOUND'
+
+
+def _ask_the_rest(found: Found) -> None:
+    fleet = found.fleet
+    rest = [n for n in fleet.names if n not in found.copies and n not in found.failed]
+    request = pb.GetVolumeRequest(id=found.known.id)
+    answers = fleet.ask(lambda node: node.volumes.Get, request, rest)
+    for name, volume in answers.given.items():
+        found.copies[name] = Copy(fleet[name], volume)
+    found.failed.update(answers.failed)

@@ -1,0 +1,404 @@
+"""The driver: Cinder's calls, and which of the agents' answer them.
+
+One cinder-volume serves the fleet; each node is a pool of it, and a volume's `host`
+follows the volume. Nothing is kept here: what Cinder's records do not say, the agents
+are asked (`copies`). Calls about one volume exclude each other, over all services of a
+cluster, by Cinder's own locks.
+
+create_export, ensure_export and remove_export do nothing, because Cinder calls them
+while another host uses the volume: what is exported is the agents' affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import decorator
+from cinder import coordination, exception, interface
+from cinder.volume import configuration as volume_configuration
+from cinder.volume import driver, volume_utils
+from oslo_config import cfg
+from oslo_log import log as logging
+
+from cinder_dmlocal import errors, manage, options, stats
+from cinder_dmlocal.copies import Known
+from cinder_dmlocal.fleet import Fleet, Node
+from cinder_dmlocal.snapshots import KnownSnapshot, Snapshots
+from cinder_dmlocal.volumes import Placed, Volumes
+from cinder_dmlocal.wire import dmlocal_pb2 as pb
+
+LOG = logging.getLogger(__name__)
+
+cfg.CONF.register_opts(options.OPTIONS, group=volume_configuration.SHARED_CONF_GROUP)
+
+# Statuses in which whoever attaches a volume is an instance. In every other it is Cinder
+# itself: image copies, host-assisted migration, backups.
+_CONSUMED = frozenset({'reserved', 'attaching', 'in-use', 'detaching'})
+
+# Cinder removes locks that begin with a volume's id together with the volume.
+_of_volume = coordination.synchronized('{volume.id}-dmlocal')
+_of_snapshot = coordination.synchronized('{snapshot.volume_id}-dmlocal')
+
+
+@decorator.decorator
+def _told(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Has what an agent refused say what can be done about it."""
+    try:
+        return method(*args, **kwargs)
+    except errors.AgentError as error:
+        raise exception.VolumeBackendAPIException(data=errors.for_cinder(error)) from error
+
+
+@interface.volumedriver
+class DmLocalDriver(driver.VolumeDriver):
+    """Node-local disks, as volumes that follow their instances."""
+
+    VERSION = '0.1.0'
+    CI_WIKI_NAME = 'dmlocal'
+    SUPPORTS_ACTIVE_ACTIVE = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.configuration.append_config_values(options.OPTIONS)
+        self._fleet: Fleet | None = None
+
+    @staticmethod
+    def get_driver_options() -> list[cfg.Opt]:
+        """The options of the backend's section."""
+        return options.OPTIONS
+
+    def do_setup(self, context: Any) -> None:
+        """Reads the configuration and gets ready to call the agents."""
+        try:
+            settings = options.Settings.read(self.configuration)
+        except (ValueError, OSError) as error:
+            raise exception.InvalidConfigurationValue(
+                option='dmlocal_*', value=str(error)
+            ) from error
+        self._settings = settings
+        self._fleet = Fleet(settings)
+        self._volumes = Volumes(self._fleet, settings)
+        self._snapshots = Snapshots(self._fleet)
+
+    def check_for_setup_error(self) -> None:
+        """Nothing more: nodes that do not answer now may do so later."""
+
+    @property
+    def initialized(self) -> bool:
+        """Whether calls are taken: not while no node of the fleet answers."""
+        is_set_up = bool(super().initialized) and self._fleet is not None
+        return is_set_up and self.fleet.answers()
+
+    @property
+    def fleet(self) -> Fleet:
+        """The nodes. Raises DriverNotInitialized before do_setup."""
+        if self._fleet is None:
+            raise exception.DriverNotInitialized()
+        return self._fleet
+
+    def _update_volume_stats(self) -> None:
+        self._stats = stats.of(self)
+
+    # Volumes
+
+    @_told
+    @_of_volume
+    def create_volume(self, volume: Any) -> None:
+        """Creates a blank volume on the node that the scheduler has chosen."""
+        _must_not_be_shared(volume)
+        self._volumes.create(volume.name_id, volume.size, self._node(_home(volume)))
+
+    @_told
+    @_of_volume
+    def create_volume_from_snapshot(self, volume: Any, snapshot: Any) -> None:
+        """Makes a volume of a snapshot; on another node it is copied in the background."""
+        _must_not_be_shared(volume)
+        at = self._snapshots.find(_known_snapshot(snapshot)).node
+        origin = pb.Origin(snapshot_id=_snapshot_id(snapshot))
+        self._volumes.create_of(
+            volume.name_id, volume.size, origin, at, self._node(_home(volume))
+        )
+
+    @_told
+    @_of_volume
+    def create_cloned_volume(self, volume: Any, src_vref: Any) -> None:
+        """Makes a volume of another as it is now, used or not."""
+        _must_not_be_shared(volume)
+        at = self._volumes.find(_known(src_vref)).node
+        origin = pb.Origin(volume_id=src_vref.name_id)
+        self._volumes.create_of(
+            volume.name_id, volume.size, origin, at, self._node(_home(volume))
+        )
+
+    @_told
+    @_of_volume
+    def delete_volume(self, volume: Any) -> None:
+        """Deletes a volume, wherever it is."""
+        self._volumes.delete(_known(volume))
+
+    @_told
+    @_of_volume
+    def extend_volume(self, volume: Any, new_size: int) -> None:
+        """Grows a volume to that many GiB, used or not."""
+        self._follow(volume, self._volumes.extend(_known(volume), new_size))
+
+    # Connections
+
+    def ensure_export(self, context: Any, volume: Any) -> None:
+        """Nothing: agents bring their exports back by themselves."""
+
+    def create_export(self, context: Any, volume: Any, connector: Any) -> None:
+        """Nothing: initialize_connection does it all."""
+
+    def remove_export(self, context: Any, volume: Any) -> None:
+        """Nothing: another host may be using the volume."""
+
+    def validate_connector(self, connector: dict[str, Any]) -> None:
+        """Refuses a host on which no agent is known."""
+        self._host(connector)
+
+    @_told
+    @_of_volume
+    def initialize_connection(
+        self, volume: Any, connector: dict[str, Any], initiator_data: Any = None
+    ) -> dict[str, Any]:
+        """Makes the device exist on the connector's host; repeating gives the same."""
+        node = self._node(self._host(connector))
+        _must_be_one_instance(volume)
+        visits = volume.status not in _CONSUMED
+        placed = self._volumes.attach(_known(volume), node, visits=visits)
+        self._follow(volume, placed)
+        return {
+            'driver_volume_type': 'local',
+            'data': {'device_path': placed.device_path},
+        }
+
+    @_told
+    @_of_volume
+    def terminate_connection(
+        self, volume: Any, connector: dict[str, Any] | None, **kwargs: Any
+    ) -> None:
+        """Removes the device from the connector's host, unless somebody has it open.
+
+        Without a connector, from every host that an attachment names.
+        """
+        known = _known(volume)
+        hosts = dict.fromkeys(known.hosts) if connector is None else [self._host(connector)]
+        for host in hosts:
+            placed = self._volumes.detach(known, host)
+            if placed is not None:
+                self._follow(volume, placed)
+
+    # Snapshots
+
+    @_told
+    @_of_snapshot
+    def create_snapshot(self, snapshot: Any) -> dict[str, Any]:
+        """Takes a snapshot where the volume is written."""
+        node = self._snapshots.create(_known_snapshot(snapshot))
+        return {'provider_location': node}
+
+    @_told
+    @_of_snapshot
+    def delete_snapshot(self, snapshot: Any) -> None:
+        """Deletes a snapshot, as soon as nothing is copied from it."""
+        self._snapshots.delete(_known_snapshot(snapshot))
+
+    @_told
+    @_of_volume
+    def revert_to_snapshot(self, context: Any, volume: Any, snapshot: Any) -> None:
+        """Takes a volume back to a snapshot at once.
+
+        Where it has left the snapshot's node, NotImplementedError has Cinder copy the
+        snapshot's content instead.
+        """
+        if not self._snapshots.revert(_known_snapshot(snapshot)):
+            raise NotImplementedError()
+
+    # Moving
+
+    @_told
+    @_of_volume
+    def migrate_volume(
+        self, context: Any, volume: Any, host: dict[str, Any]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Moves a volume to another node of the fleet, copying in the background."""
+        return self._migrate(volume, host), None
+
+    def _migrate(self, volume: Any, host: dict[str, Any]) -> bool:
+        target = self._target(host)
+        if target is None:
+            return False
+        self._volumes.migrate(_known(volume), target)
+        return True
+
+    @_told
+    @_of_volume
+    def retype(
+        self, context: Any, volume: Any, new_type: Any, diff: Any, host: dict[str, Any]
+    ) -> bool:
+        """Changes the type; on another node of the fleet, the volume moves there."""
+        if '<is> true' in str((new_type.get('extra_specs') or {}).get('multiattach')).lower():
+            raise exception.InvalidVolumeType(reason=_NOT_SHARED)
+        if diff.get('encryption') and any(diff['encryption'].values()):
+            return False
+        target = self._target(host)
+        if target is None:
+            return False
+        if target.name != _home(volume):
+            return self._migrate(volume, host)
+        return True
+
+    def update_migrated_volume(
+        self, ctxt: Any, volume: Any, new_volume: Any, original_volume_status: str
+    ) -> dict[str, Any]:
+        """After a host-assisted migration: agents go on knowing the copy by its own id."""
+        return {
+            '_name_id': new_volume.name_id,
+            'provider_location': new_volume.provider_location,
+        }
+
+    # Management
+
+    @_told
+    @_of_volume
+    def manage_existing(self, volume: Any, existing_ref: dict[str, Any]) -> dict[str, Any]:
+        """Takes a volume of the agents' over; it keeps its id there."""
+        _must_not_be_shared(volume)
+        found = manage.volume(self._node(_home(volume)), existing_ref)
+        return {'_name_id': found.id if found.id != volume.id else None}
+
+    @_told
+    def manage_existing_get_size(self, volume: Any, existing_ref: dict[str, Any]) -> int:
+        """Size of what is to be taken over, in GiB."""
+        found = manage.volume(self._node(_home(volume)), existing_ref)
+        return manage.size_gib(found.size_bytes)
+
+    def unmanage(self, volume: Any) -> None:
+        """Leaves the volume to the agents."""
+
+    @_told
+    def get_manageable_volumes(
+        self,
+        cinder_volumes: Any,
+        marker: Any,
+        limit: int,
+        offset: int,
+        sort_keys: list[str],
+        sort_dirs: list[str],
+    ) -> list[dict[str, Any]]:
+        """Volumes of all nodes that answer, with what forbids taking them over."""
+        entries = manage.volumes(self.fleet, cinder_volumes)
+        return volume_utils.paginate_entries_list(
+            entries, marker, limit, offset, sort_keys, sort_dirs
+        )
+
+    @_told
+    @_of_snapshot
+    def manage_existing_snapshot(
+        self, snapshot: Any, existing_ref: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Takes a snapshot of the agents' over; it keeps its id there."""
+        taken = manage.snapshot(self._snapshots, _known(snapshot.volume), existing_ref)
+        return {'provider_id': taken.snapshot.id, 'provider_location': taken.node.name}
+
+    @_told
+    def manage_existing_snapshot_get_size(
+        self, snapshot: Any, existing_ref: dict[str, Any]
+    ) -> int:
+        """Size of the snapshot that is to be taken over, in GiB."""
+        taken = manage.snapshot(self._snapshots, _known(snapshot.volume), existing_ref)
+        return manage.size_gib(taken.snapshot.size_bytes)
+
+    def unmanage_snapshot(self, snapshot: Any) -> None:
+        """Leaves the snapshot to the agents."""
+
+    @_told
+    def get_manageable_snapshots(
+        self,
+        cinder_snapshots: Any,
+        marker: Any,
+        limit: int,
+        offset: int,
+        sort_keys: list[str],
+        sort_dirs: list[str],
+    ) -> list[dict[str, Any]]:
+        """Snapshots of all nodes that answer, with what forbids taking them over."""
+        entries = manage.snapshots(self.fleet, cinder_snapshots)
+        return volume_utils.paginate_entries_list(
+            entries, marker, limit, offset, sort_keys, sort_dirs
+        )
+
+    # Cinder's words and the agents'
+
+    def _node(self, name: str) -> Node:
+        if name not in self.fleet:
+            raise exception.VolumeBackendAPIException(
+                data=f'{name or "the host"} is no node of the fleet (dmlocal_nodes)'
+            )
+        return self.fleet[name]
+
+    def _host(self, connector: dict[str, Any]) -> str:
+        host = connector.get('host')
+        if not host or host not in self.fleet:
+            LOG.error('No agent is known on host %s (dmlocal_nodes).', host)
+            missing = f'a node of the fleet as its host (dmlocal_nodes), not {host}'
+            raise exception.InvalidConnectorException(missing=missing)
+        return str(host)
+
+    def _target(self, host: dict[str, Any]) -> Node | None:
+        """The node that Cinder means, if it is one of this backend's."""
+        info = (host.get('capabilities') or {}).get('location_info')
+        name = volume_utils.extract_host(host['host'], 'pool')
+        if info != stats.location_info(self.fleet) or name not in self.fleet:
+            return None
+        return self.fleet[name]
+
+    def _follow(self, volume: Any, placed: Placed) -> None:
+        """Has Cinder's record say where the volume is now."""
+        host = volume_utils.append_host(
+            volume_utils.extract_host(volume.host, 'backend'), placed.home
+        )
+        if host != volume.host and placed.home in self.fleet:
+            LOG.info('Volume %s is on %s now.', volume.id, host)
+            volume.host = host
+            volume.save()
+
+
+_NOT_SHARED = 'dmlocal has one node write a volume at a time; it does not support multiattach'
+
+
+def _home(volume: Any) -> str:
+    return volume_utils.extract_host(volume.host, 'pool') or ''
+
+
+def _known(volume: Any) -> Known:
+    hosts = (_host_of(attachment) for attachment in volume.volume_attachment)
+    return Known(volume.name_id, _home(volume), tuple(host for host in hosts if host))
+
+
+def _host_of(attachment: Any) -> str:
+    """The host of an attachment; empty for one that is only reserved."""
+    return attachment.attached_host or (attachment.connector or {}).get('host') or ''
+
+
+def _snapshot_id(snapshot: Any) -> str:
+    return str(snapshot.provider_id or snapshot.id)
+
+
+def _known_snapshot(snapshot: Any) -> KnownSnapshot:
+    return KnownSnapshot(
+        _snapshot_id(snapshot), snapshot.provider_location or '', _known(snapshot.volume)
+    )
+
+
+def _must_not_be_shared(volume: Any) -> None:
+    if volume.multiattach:
+        raise exception.InvalidVolumeType(reason=_NOT_SHARED)
+
+
+def _must_be_one_instance(volume: Any) -> None:
+    instances = {a.instance_uuid for a in volume.volume_attachment if a.instance_uuid}
+    if len(instances) > 1:
+        raise exception.InvalidVolume(reason=_NOT_SHARED)

@@ -1,0 +1,228 @@
+"""The nodes of the fleet, and how their agents are called.
+
+One channel for each node, made when the driver starts and connected when it is first
+used; mutual TLS, in which the other end must prove to be *that* node, whatever address
+it was found under. Every call has a deadline.
+
+grpc waits in native code, which would stop every green thread of a process that
+eventlet has patched: there, calls go through eventlet's native threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import grpc
+from oslo_log import log as logging
+
+from cinder_dmlocal import errors
+from cinder_dmlocal.options import Settings
+from cinder_dmlocal.wire import dmlocal_pb2 as pb
+from cinder_dmlocal.wire import dmlocal_pb2_grpc as pb_grpc
+
+LOG = logging.getLogger(__name__)
+
+T = TypeVar('T')
+
+
+def natively(act: Callable[[], T]) -> T:
+    """Does what blocks in native code, so that green threads go on meanwhile."""
+    if not _is_green():
+        return act()
+    from eventlet import tpool  # noqa: PLC0415 - eventlet is Cinder's choice, not ours
+
+    return tpool.execute(act)
+
+
+def _is_green() -> bool:
+    # Not imported: where nobody has, nothing is patched.
+    patcher = sys.modules.get('eventlet.patcher')
+    return patcher is not None and bool(patcher.is_monkey_patched('thread'))
+
+
+def _threading() -> Any:
+    """The module threading as it is without eventlet."""
+    return sys.modules['eventlet.patcher'].original('threading') if _is_green() else threading
+
+
+class Node:
+    """A node's agent, and the calls on it.
+
+    `look` is for what the agent knows at once, `call` for what it has to do.
+    """
+
+    def __init__(
+        self, name: str, endpoint: str, credentials: grpc.ChannelCredentials, settings: Settings
+    ) -> None:
+        self.name = name
+        self._settings = settings
+        self._channel = grpc.secure_channel(
+            endpoint,
+            credentials,
+            options=[
+                # Whoever listens there must be this node.
+                ('grpc.ssl_target_name_override', name),
+                ('grpc.enable_http_proxy', 0),
+                # A node that was away is tried again at once, not after minutes.
+                ('grpc.initial_reconnect_backoff_ms', 500),
+                ('grpc.max_reconnect_backoff_ms', 5000),
+                ('grpc.max_receive_message_length', -1),
+            ],
+        )
+        self.nodes = pb_grpc.NodesStub(self._channel)
+        self.volumes = pb_grpc.VolumesStub(self._channel)
+        self.snapshots = pb_grpc.SnapshotsStub(self._channel)
+        self.moves = pb_grpc.MovesStub(self._channel)
+
+    def __repr__(self) -> str:
+        """For logs."""
+        return f'<node {self.name}>'
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether an operator has declared it dead for ever."""
+        return self.name in self._settings.dead
+
+    def look(self, method: Callable[..., T], request: Any) -> T:
+        """Asks for what the agent knows. Raises errors.AgentError."""
+        return natively(lambda: self.blocking(method, request))
+
+    def call(self, method: Callable[..., T], request: Any) -> T:
+        """Has the agent do something. Raises errors.AgentError."""
+        timeout = self._settings.call_timeout
+        return natively(lambda: self.blocking(method, request, timeout))
+
+    def blocking(
+        self, method: Callable[..., T], request: Any, timeout: float | None = None
+    ) -> T:
+        """The same in a thread that may block. Raises errors.AgentError."""
+        if self.is_dead:
+            raise errors.Unreachable(self.name, 'it was declared dead')
+        try:
+            return method(request, timeout=timeout or self._settings.look_timeout)
+        except grpc.RpcError as error:
+            raise errors.of_call(self.name, error) from None
+
+    def close(self) -> None:
+        """Ends the channel."""
+        self._channel.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What the nodes that were asked have answered, each by its name."""
+
+    given: Mapping[str, Any]
+    failed: Mapping[str, errors.AgentError]
+
+
+class Fleet:
+    """All nodes that the configuration names."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        credentials = grpc.ssl_channel_credentials(
+            root_certificates=settings.ca,
+            private_key=settings.key,
+            certificate_chain=settings.cert,
+        )
+        self._nodes = {
+            name: Node(name, endpoint, credentials, settings)
+            for name, endpoint in settings.endpoints.items()
+        }
+        # What the last question to everybody has shown, and when that was.
+        self._is_reachable, self._asked = True, 0.0
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a node of that name is configured."""
+        return name in self._nodes
+
+    def __getitem__(self, name: str) -> Node:
+        """A node by its name. Raises KeyError."""
+        return self._nodes[name]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all nodes, in the order of the configuration."""
+        return list(self._nodes)
+
+    def ask(
+        self,
+        method: Callable[[Node], Callable[..., Any]],
+        request: Any,
+        names: Iterable[str] | None = None,
+    ) -> Answers:
+        """Asks several nodes, all of them by default, for what they know at once.
+
+        Takes as long as the slowest, at most the timeout for looks for each
+        `dmlocal_at_once` nodes.
+        """
+        nodes = [self._nodes[name] for name in (self.names if names is None else names)]
+        answers = natively(lambda: self._ask(nodes, method, request))
+        if names is None:
+            self._is_reachable, self._asked = bool(answers.given), time.monotonic()
+        return answers
+
+    def _ask(
+        self, nodes: list[Node], method: Callable[[Node], Callable[..., Any]], request: Any
+    ) -> Answers:
+        native = _threading()
+        given: dict[str, Any] = {}
+        failed: dict[str, errors.AgentError] = {}
+        waiting = list(reversed(nodes))
+
+        def worker() -> None:
+            while waiting:
+                try:
+                    # One operation of the interpreter, so no lock is needed.
+                    node = waiting.pop()
+                except IndexError:
+                    return
+                try:
+                    given[node.name] = node.blocking(method(node), request)
+                except errors.AgentError as error:
+                    failed[node.name] = error
+
+        count = min(len(nodes), self._settings.at_once)
+        workers = [native.Thread(target=worker, daemon=True) for _ in range(count)]
+        for thread in workers:
+            thread.start()
+        for thread in workers:
+            thread.join()
+        return Answers(given, failed)
+
+    def pools(self) -> Answers:
+        """The pool of each node that answers and has it; of every other, why not."""
+        answers = self.ask(lambda node: node.nodes.ListPools, pb.ListPoolsRequest())
+        given, failed = {}, dict(answers.failed)
+        for name, answer in answers.given.items():
+            pool = self._pool_of(answer.pools)
+            if pool is None or not pool.present:
+                failed[name] = errors.AgentError(name, f'node {name} has no such pool')
+            else:
+                given[name] = pool
+        return Answers(given, failed)
+
+    def _pool_of(self, pools: Iterable[Any]) -> Any | None:
+        wanted = self._settings.pool
+        return next((pool for pool in pools if wanted in ('', pool.name)), None)
+
+    def answers(self) -> bool:
+        """Whether any node answers, as far as is known.
+
+        The statistics tell; once they have found nobody, everybody is asked again, but
+        not more often than the timeout for looks.
+        """
+        if self._is_reachable or time.monotonic() - self._asked < self._settings.look_timeout:
+            return self._is_reachable
+        return bool(self.ask(lambda node: node.nodes.GetNode, pb.GetNodeRequest()).given)
+
+    def close(self) -> None:
+        """Ends all channels."""
+        for node in self._nodes.values():
+            node.close()

@@ -1,0 +1,108 @@
+"""What the driver has the agents do with snapshots.
+
+A snapshot stays on the node where it was taken, wherever its volume goes. Cinder keeps
+that node's name (`provider_location`); like the host of a volume it says where to look
+first, and no more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from oslo_log import log as logging
+
+from cinder_dmlocal import errors
+from cinder_dmlocal.copies import Known, find
+from cinder_dmlocal.fleet import Fleet, Node
+from cinder_dmlocal.wire import dmlocal_pb2 as pb
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownSnapshot:
+    """What Cinder knows of a snapshot: `at` is the node where it was taken."""
+
+    id: str
+    at: str
+    volume: Known
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """A snapshot and the node that has it."""
+
+    node: Node
+    snapshot: Any
+
+
+class Snapshots:
+    """The snapshots of the fleet."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def find(self, known: KnownSnapshot) -> Taken:
+        """Finds a snapshot.
+
+        Raises errors.Lost, errors.Unreachable or errors.NotFound if it is not found.
+        """
+        silent: dict[str, errors.AgentError] = {}
+        for name in dict.fromkeys((known.at, known.volume.home)):
+            if name not in self._fleet:
+                continue
+            node = self._fleet[name]
+            try:
+                request = pb.GetSnapshotRequest(id=known.id)
+                return Taken(node, node.look(node.snapshots.Get, request))
+            except errors.Unreachable as error:
+                silent[name] = error
+            except errors.Refused as refusal:
+                if refusal.reason != 'SNAPSHOT_NOT_FOUND':
+                    raise
+        error = silent.get(known.at)
+        if error is not None and self._fleet[known.at].is_dead:
+            raise errors.Lost(what=f'Snapshot {known.id}', node=known.at)
+        if error is not None:
+            raise error
+        return self._find_anywhere(known)
+
+    def _find_anywhere(self, known: KnownSnapshot) -> Taken:
+        request = pb.GetSnapshotRequest(id=known.id)
+        answers = self._fleet.ask(lambda node: node.snapshots.Get, request)
+        for name, snapshot in answers.given.items():
+            return Taken(self._fleet[name], snapshot)
+        silent = errors.silent(answers.failed) or 'none'
+        raise errors.NotFound(what=f'snapshot {known.id}', silent=silent)
+
+    def create(self, known: KnownSnapshot) -> str:
+        """Takes a snapshot where its volume is written; gives that node's name."""
+        node = find(self._fleet, known.volume).must_have_owner().node
+        request = pb.CreateSnapshotRequest(id=known.id, volume_id=known.volume.id)
+        node.call(node.snapshots.Create, request)
+        return node.name
+
+    def delete(self, known: KnownSnapshot) -> None:
+        """Deletes a snapshot, as soon as nothing reads it; one that is nowhere is deleted."""
+        try:
+            taken = self.find(known)
+        except (errors.NotFound, errors.Lost) as error:
+            LOG.warning('Snapshot %s is deleted from Cinder only: %s', known.id, error)
+            return
+        incarnation = taken.snapshot.incarnation
+        request = pb.DeleteSnapshotRequest(id=known.id, defer=True, incarnation=incarnation)
+        taken.node.call(taken.node.snapshots.Delete, request)
+
+    def revert(self, known: KnownSnapshot) -> bool:
+        """Takes a volume back to a snapshot of it, at once or not at all.
+
+        False if the volume is not on the snapshot's node any more.
+        """
+        taken = self.find(known)
+        owner = find(self._fleet, known.volume).must_have_owner()
+        if owner.node is not taken.node:
+            return False
+        request = pb.RevertVolumeRequest(snapshot_id=known.id, **owner.which())
+        owner.node.call(owner.node.volumes.Revert, request)
+        return True

@@ -1,0 +1,411 @@
+"""What pretended agents do when they are called; see `fake`."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from cinder_dmlocal.wire import dmlocal_pb2 as pb
+
+if TYPE_CHECKING:
+    from cinder_dmlocal.tests.fake import FakeFleet
+
+GIB = 1 << 30
+
+
+class Refusal(Exception):
+    """What an agent answers instead of doing something."""
+
+    def __init__(self, reason: str, code: str = 'FAILED_PRECONDITION', **metadata: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.code = grpc.StatusCode[code]
+        self.metadata = metadata
+
+
+@dataclasses.dataclass
+class Vol:
+    """A copy of a volume."""
+
+    id: str
+    size: int
+    state: str = 'LOCAL'
+    generation: int = 1
+    incarnation: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
+    attached: bool = False
+    opened: int = 0
+    held_writes: list[str] = dataclasses.field(default_factory=list)
+    data: list[str] = dataclasses.field(default_factory=list)
+    made_of: Any = None
+    # At the source, and at the destination.
+    grant_id: str = ''
+    peer: str = ''
+    hold: bool = False
+    source: str = ''
+    is_remote: bool = False
+    lent_to: str = ''
+    must_confirm: bool = False
+    passing: bool = False
+
+
+@dataclasses.dataclass
+class Snap:
+    """A snapshot."""
+
+    id: str
+    volume: str
+    size: int
+    data: list[str]
+    incarnation: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
+    state: str = 'AVAILABLE'
+
+
+class Calls:
+    """The interface, method by method: service_method(request)."""
+
+    name: str
+    fleet: FakeFleet
+    volumes: dict[str, Vol]
+    snapshots: dict[str, Snap]
+    capacity: int
+    has_pool: bool
+
+    def ask_for_fence(self, vol: Vol) -> bool:
+        """Whether the source of a held copy is fenced."""
+        raise NotImplementedError
+
+    # Nodes
+
+    def nodes_getnode(self, request: Any) -> Any:
+        return pb.Node(name=self.name, endpoint=f'https://{self.name}:7450', host_nqn='nqn')
+
+    def nodes_listpools(self, request: Any) -> Any:
+        if not self.has_pool:
+            return pb.ListPoolsResponse()
+        pool = pb.Pool(
+            name='local',
+            size_bytes=self.capacity,
+            free_bytes=self._free(),
+            provisioned_bytes=self.capacity - self._free(),
+            present=True,
+        )
+        return pb.ListPoolsResponse(pools=[pool])
+
+    def _free(self) -> int:
+        return self.capacity - sum(v.size for v in self.volumes.values() if not v.is_remote)
+
+    def _need(self, size: int) -> None:
+        if not self.has_pool:
+            raise Refusal('POOL_NOT_FOUND', 'NOT_FOUND')
+        if size > self._free():
+            raise Refusal('NO_ROOM', 'RESOURCE_EXHAUSTED', pool='local')
+
+    # Volumes
+
+    def _vol(self, request: Any) -> Vol:
+        vol = self.volumes.get(request.id)
+        fields = request.DESCRIPTOR.fields_by_name
+        if vol is None:
+            raise Refusal('VOLUME_NOT_FOUND', 'NOT_FOUND')
+        if (
+            'incarnation' in fields
+            and request.HasField('incarnation')
+            and request.incarnation != vol.incarnation
+        ):
+            raise Refusal('VOLUME_NOT_FOUND', 'NOT_FOUND')
+        if (
+            'generation' in fields
+            and request.HasField('generation')
+            and request.generation != vol.generation
+        ):
+            raise Refusal('GENERATION_STALE')
+        return vol
+
+    def show(self, vol: Vol) -> Any:
+        shown = pb.Volume(
+            id=vol.id,
+            size_bytes=vol.size,
+            state=pb.VolumeState.Value(f'VOLUME_STATE_{vol.state}'),
+            attached=vol.attached,
+            generation=vol.generation,
+            incarnation=vol.incarnation,
+            pool='local',
+        )
+        if vol.attached:
+            shown.device_path = f'/dev/mapper/dmlocal-{vol.id}'
+        if vol.grant_id:
+            shown.grant_id = vol.grant_id
+        if vol.peer:
+            shown.peer_node = vol.peer
+        if vol.source:
+            shown.source_node = vol.source
+        if vol.state == 'HELD':
+            shown.held_writes = len(vol.held_writes)
+        if vol.made_of is not None:
+            shown.source.CopyFrom(vol.made_of)
+        return shown
+
+    def volumes_create(self, request: Any) -> Any:
+        there = self.volumes.get(request.id)
+        if request.HasField('source'):
+            assert not request.size_bytes, 'the source has the size'
+            if there is None:
+                size, data = self._content(request.source)
+                self._need(size)
+                there = Vol(request.id, size, data=data, made_of=request.source)
+            elif there.made_of != request.source:
+                raise Refusal('VOLUME_EXISTS', 'ALREADY_EXISTS', field='source')
+        elif there is None:
+            self._need(request.size_bytes)
+            there = Vol(request.id, request.size_bytes)
+        elif there.size != request.size_bytes:
+            raise Refusal('VOLUME_EXISTS', 'ALREADY_EXISTS', field='size_bytes')
+        self.volumes[request.id] = there
+        return self.show(there)
+
+    def _content(self, origin: Any) -> tuple[int, list[str]]:
+        if origin.snapshot_id:
+            snap = self.snapshots.get(origin.snapshot_id)
+            if snap is None:
+                raise Refusal('SNAPSHOT_NOT_FOUND', 'NOT_FOUND')
+            return snap.size, list(snap.data)
+        vol = self.volumes.get(origin.volume_id)
+        if vol is None:
+            raise Refusal('VOLUME_NOT_FOUND', 'NOT_FOUND')
+        if vol.state not in ('LOCAL', 'PUBLISHED'):
+            raise Refusal('VOLUME_MOVING')
+        return vol.size, list(vol.data)
+
+    def volumes_delete(self, request: Any) -> Any:
+        try:
+            vol = self._vol(request)
+        except Refusal as refusal:
+            if refusal.reason == 'VOLUME_NOT_FOUND':
+                return pb.DeleteVolumeResponse()
+            raise
+        if vol.is_remote:
+            raise Refusal('VOLUME_REMOTE', node=vol.source)
+        if vol.attached or vol.opened:
+            raise Refusal('VOLUME_ATTACHED')
+        if vol.state not in ('LOCAL', 'HYDRATING', 'STALLED'):
+            reasons = {'PUBLISHED': 'VOLUME_PUBLISHED', 'FENCED': 'VOLUME_FENCED'}
+            raise Refusal(reasons.get(vol.state, 'VOLUME_MOVING'))
+        del self.volumes[vol.id]
+        if vol.source:
+            self.fleet.agents[vol.source].volumes.pop(vol.id, None)
+        return pb.DeleteVolumeResponse()
+
+    def volumes_get(self, request: Any) -> Any:
+        return self.show(self._vol(request))
+
+    def volumes_list(self, request: Any) -> Any:
+        return pb.ListVolumesResponse(volumes=[self.show(v) for v in self.volumes.values()])
+
+    def volumes_extend(self, request: Any) -> Any:
+        vol = self._vol(request)
+        if vol.is_remote:
+            raise Refusal('VOLUME_REMOTE', node=vol.source)
+        if vol.state not in ('LOCAL', 'HYDRATING', 'PUBLISHED'):
+            raise Refusal('VOLUME_FENCED' if vol.state == 'FENCED' else 'VOLUME_MOVING')
+        if request.size_bytes < vol.size:
+            raise Refusal('SIZE_SMALLER', 'INVALID_ARGUMENT')
+        self._need(request.size_bytes - vol.size)
+        vol.size = request.size_bytes
+        return self.show(vol)
+
+    def volumes_attach(self, request: Any) -> Any:
+        vol = self._vol(request)
+        if vol.state == 'FENCED':
+            raise Refusal('VOLUME_FENCED', node=vol.peer)
+        if vol.state == 'PUBLISHED' and not vol.hold:
+            raise Refusal('VOLUME_PUBLISHED', node=vol.peer)
+        if vol.must_confirm and vol.state != 'HELD':
+            if not request.HasField('generation'):
+                raise Refusal('CONFIRMATION_REQUIRED', node=vol.lent_to)
+            vol.must_confirm = False
+        vol.attached = True
+        return self.show(vol)
+
+    def volumes_detach(self, request: Any) -> Any:
+        vol = self._vol(request)
+        if vol.opened:
+            raise Refusal('HANDLE_IN_USE', path=f'/dev/mapper/dmlocal-{vol.id}')
+        vol.attached = False
+        if vol.state == 'REMOTE':
+            home = self.fleet.agents[vol.source].volumes[vol.id]
+            home.state, home.grant_id, home.peer = 'LOCAL', '', ''
+            home.generation += 2
+            del self.volumes[vol.id]
+        return self.show(vol)
+
+    def volumes_revert(self, request: Any) -> Any:
+        vol = self._vol(request)
+        if vol.attached:
+            raise Refusal('VOLUME_ATTACHED')
+        snap = self.snapshots.get(request.snapshot_id)
+        if snap is None:
+            raise Refusal('SNAPSHOT_NOT_FOUND', 'NOT_FOUND')
+        vol.data = list(snap.data)
+        return self.show(vol)
+
+    # Snapshots
+
+    def _show_snapshot(self, snap: Snap) -> Any:
+        return pb.Snapshot(
+            id=snap.id,
+            volume_id=snap.volume,
+            size_bytes=snap.size,
+            incarnation=snap.incarnation,
+            state=pb.SnapshotState.Value(f'SNAPSHOT_STATE_{snap.state}'),
+        )
+
+    def snapshots_create(self, request: Any) -> Any:
+        if request.id not in self.snapshots:
+            vol = self.volumes.get(request.volume_id)
+            if vol is None:
+                raise Refusal('VOLUME_NOT_FOUND', 'NOT_FOUND')
+            if vol.state not in ('LOCAL', 'PUBLISHED', 'HYDRATING'):
+                raise Refusal('VOLUME_FENCED' if vol.state == 'FENCED' else 'VOLUME_MOVING')
+            snap = Snap(request.id, vol.id, vol.size, list(vol.data))
+            self.snapshots[request.id] = snap
+        return self._show_snapshot(self.snapshots[request.id])
+
+    def snapshots_delete(self, request: Any) -> Any:
+        self.snapshots.pop(request.id, None)
+        return pb.DeleteSnapshotResponse()
+
+    def snapshots_get(self, request: Any) -> Any:
+        if request.id not in self.snapshots:
+            raise Refusal('SNAPSHOT_NOT_FOUND', 'NOT_FOUND')
+        return self._show_snapshot(self.snapshots[request.id])
+
+    def snapshots_list(self, request: Any) -> Any:
+        shown = [self._show_snapshot(snap) for snap in self.snapshots.values()]
+        return pb.ListSnapshotsResponse(snapshots=shown)
+
+    # Moves
+
+    def moves_grant(self, request: Any) -> Any:
+        assert request.host_nqn and request.endpoint
+        if request.node == self.name:
+            raise Refusal('MOVE_TO_SELF', 'INVALID_ARGUMENT')
+        if request.grant_id in self.fleet.grants:
+            raise Refusal('GRANT_EXISTS', 'ALREADY_EXISTS')
+        if request.HasField('source'):
+            size, data = self._content(request.source)
+            self._need(size)
+            vol = Vol(request.id, size, data=data, made_of=request.source, passing=True)
+            if request.id in self.volumes:
+                raise Refusal('VOLUME_EXISTS', 'ALREADY_EXISTS', field='state')
+            self.volumes[request.id] = vol
+        else:
+            vol = self._vol(request)
+            if vol.state == 'PUBLISHED':
+                raise Refusal('VOLUME_MOVING')
+            if vol.is_remote:
+                raise Refusal('VOLUME_REMOTE', node=vol.source)
+            if vol.state not in ('LOCAL', 'HYDRATING'):
+                raise Refusal('VOLUME_FENCED' if vol.state == 'FENCED' else 'VOLUME_MOVING')
+            if vol.attached and not request.hold:
+                raise Refusal('VOLUME_ATTACHED')
+        self.fleet.grants.add(request.grant_id)
+        vol.state, vol.peer, vol.hold = 'PUBLISHED', request.node, request.hold
+        vol.grant_id, vol.lent_to = request.grant_id, request.node
+        return pb.Grant(
+            id=request.grant_id,
+            volume_id=vol.id,
+            incarnation=vol.incarnation,
+            generation=vol.generation,
+            size_bytes=vol.size,
+            source_node=self.name,
+            node=request.node,
+            hold=request.hold,
+            begins=vol.passing,
+        )
+
+    def moves_receive(self, request: Any) -> Any:
+        grant = request.grant
+        assert grant.node == self.name
+        there = self.volumes.get(grant.volume_id)
+        if there is not None and there.grant_id == grant.id:
+            return self.show(there)
+        if there is not None and there.state != 'FENCED':
+            raise Refusal('VOLUME_EXISTS', 'ALREADY_EXISTS', field='grant')
+        if there is not None and there.opened:
+            raise Refusal('HANDLE_IN_USE')
+        stays = request.mode == pb.RECEIVE_MODE_REMOTE
+        is_remote = stays or (not self.has_pool and request.mode == 0 and not request.pool)
+        source = self.fleet.agents[grant.source_node].volumes[grant.volume_id]
+        if not is_remote:
+            self._need(grant.size_bytes)
+        elif source.source:
+            raise Refusal('CHAIN_TOO_DEEP')
+        vol = Vol(
+            grant.volume_id,
+            grant.size_bytes,
+            state='HELD',
+            generation=grant.generation + 1,
+            incarnation=grant.incarnation,
+            attached=not grant.begins,
+            grant_id=grant.id,
+            source=grant.source_node,
+            is_remote=is_remote,
+            made_of=source.made_of,
+        )
+        self.volumes[vol.id] = vol
+        if not grant.hold:
+            self.ask_for_fence(vol)
+        return self.show(vol)
+
+    def moves_switch(self, request: Any) -> Any:
+        vol = self._vol(request)
+        if vol.state != 'HELD':
+            raise Refusal('VOLUME_NOT_HELD')
+        if self.fleet.agents[vol.source].is_down:
+            raise Refusal('SOURCE_UNREACHABLE', 'UNAVAILABLE', node=vol.source)
+        if not self.ask_for_fence(vol):
+            raise Refusal('SOURCE_ACTIVE')
+        return self.show(vol)
+
+    def moves_abort(self, request: Any) -> Any:
+        vol = self._vol(request)
+        if vol.state == 'PUBLISHED':
+            return self._take_back(vol)
+        if vol.state != 'HELD':
+            raise Refusal('GRANT_FENCED')
+        source = self.fleet.agents[vol.source]
+        at_source = source.volumes.get(vol.id)
+        is_open = at_source is not None and at_source.grant_id == vol.grant_id
+        if vol.held_writes and is_open:
+            raise Refusal('WRITTEN_AT_DESTINATION')
+        assert not vol.opened, f'a guest on {self.name} is cut off'
+        del self.volumes[vol.id]
+        if is_open and not source.is_down:
+            source._take_back(at_source)
+        return pb.AbortResponse()
+
+    def moves_revoke(self, request: Any) -> Any:
+        vol = self.volumes.get(request.volume_id)
+        if vol is None or vol.grant_id != request.grant_id:
+            raise Refusal('GRANT_UNKNOWN', 'PERMISSION_DENIED')
+        if vol.state != 'PUBLISHED':
+            raise Refusal('GRANT_FENCED')
+        self._take_back(vol)
+        return pb.RevokeResponse()
+
+    def _take_back(self, vol: Vol) -> Any:
+        if vol.passing:
+            del self.volumes[vol.id]
+        vol.state = 'HYDRATING' if vol.source else 'LOCAL'
+        vol.peer, vol.grant_id = '', ''
+        return pb.AbortResponse()
+
+    def moves_localize(self, request: Any) -> Any:
+        vol = self._vol(request)
+        if vol.is_remote:
+            self._need(vol.size)
+            vol.is_remote, vol.state = False, 'HYDRATING'
+        return self.show(vol)

@@ -1,0 +1,184 @@
+"""Agents that are pretended to: real gRPC over mutual TLS, and pretended devices.
+
+They refuse what `dmlocald` refuses, with its reasons, and keep what a volume holds as a
+list of what was written to it, so that a test can see whether anything was lost. What
+happens on a node without the driver (a guest that opens, writes and closes its device, a
+copy that arrives) is done by methods with plain names.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from concurrent import futures
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, message_factory
+from google.rpc import error_details_pb2, status_pb2
+
+from cinder_dmlocal.tests.calls import GIB, Calls, Refusal, Snap, Vol
+from cinder_dmlocal.tests.certificates import Authority
+from cinder_dmlocal.wire import dmlocal_pb2 as pb
+
+__all__ = ['GIB', 'Agent', 'FakeFleet', 'Refusal', 'Snap', 'Vol']
+
+
+class Agent(Calls):
+    """One node."""
+
+    def __init__(self, name: str, fleet: FakeFleet) -> None:
+        self.name = name
+        self.fleet = fleet
+        self.reset()
+
+    def reset(self) -> None:
+        """As a node that has just been set up."""
+        self.volumes: dict[str, Vol] = {}
+        self.snapshots: dict[str, Snap] = {}
+        self.capacity = 100 * GIB
+        self.has_pool = True
+        self.is_down = False
+        self.says_refused: dict[str, Refusal] = {}
+        self.loses_answer: set[str] = set()
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def serve(self, method: str, request: Any, context: Any) -> Any:
+        """Answers one call."""
+        with self.fleet.lock:
+            if self.is_down:
+                context.abort(grpc.StatusCode.UNAVAILABLE, 'connection refused')
+            self.calls[method] += 1
+            self.fleet.order.append(f'{self.name} {method}')
+            try:
+                if method in self.says_refused:
+                    raise self.says_refused[method]
+                answer = getattr(self, method.lower().replace('.', '_'))(request)
+            except Refusal as refusal:
+                self._refuse(refusal, context)
+            if method in self.loses_answer:
+                context.abort(grpc.StatusCode.UNAVAILABLE, 'connection lost')
+            return answer
+
+    @staticmethod
+    def _refuse(refusal: Refusal, context: Any) -> None:
+        info = error_details_pb2.ErrorInfo(
+            reason=refusal.reason, domain='dmlocal', metadata=refusal.metadata
+        )
+        detail = any_pb2.Any()
+        detail.Pack(info)
+        status = status_pb2.Status(
+            code=refusal.code.value[0], message=refusal.reason, details=[detail]
+        )
+        metadata = (('grpc-status-details-bin', status.SerializeToString()),)
+        context.set_trailing_metadata(metadata)
+        context.abort(refusal.code, refusal.reason)
+
+    # What happens on the node
+
+    def open(self, volume_id: str) -> None:
+        """Somebody opens the device."""
+        vol = self.volumes[volume_id]
+        assert vol.attached, f'{self.name} has no device of {volume_id}'
+        vol.opened += 1
+
+    def shut(self, volume_id: str) -> None:
+        """Somebody closes it."""
+        self.volumes[volume_id].opened -= 1
+
+    def write(self, volume_id: str, what: str) -> bool:
+        """Whether a write is acknowledged. A held one asks for the switch, and waits."""
+        vol = self.volumes[volume_id]
+        assert vol.attached, f'{self.name} has no device of {volume_id}'
+        assert vol.state != 'FENCED', f'a guest on {self.name} meets errors'
+        if vol.state == 'HELD':
+            vol.held_writes.append(what)
+            self.ask_for_fence(vol)
+            return not vol.held_writes
+        if vol.is_remote:
+            self.fleet.agents[vol.source].volumes[vol.id].data.append(what)
+        vol.data.append(what)
+        return True
+
+    def ask_for_fence(self, vol: Vol) -> bool:
+        """What a held copy does by itself once something waits in it."""
+        source = self.fleet.agents[vol.source]
+        at_source = source.volumes.get(vol.id)
+        if source.is_down or at_source is None or at_source.grant_id != vol.grant_id:
+            return False
+        if at_source.opened:
+            return False
+        at_source.state = 'FENCED'
+        vol.state = 'REMOTE' if vol.is_remote else 'HYDRATING'
+        vol.data = [*at_source.data, *vol.held_writes]
+        if vol.is_remote:
+            at_source.data = list(vol.data)
+        vol.held_writes = []
+        return True
+
+    def arrive(self, volume_id: str) -> None:
+        """Everything is copied; the source lets go."""
+        vol = self.volumes[volume_id]
+        assert vol.state == 'HYDRATING', vol.state
+        self.fleet.agents[vol.source].volumes.pop(volume_id, None)
+        vol.state, vol.source, vol.grant_id = 'LOCAL', '', ''
+
+    def boot(self) -> None:
+        """The node loses power and boots: nobody has anything open any more."""
+        self.is_down = False
+        for vol in self.volumes.values():
+            vol.opened = 0
+            vol.must_confirm = bool(vol.lent_to)
+
+
+class FakeFleet:
+    """Several agents, each with a server of its own."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.lock = threading.RLock()
+        self.authority = Authority()
+        self.agents = {name: Agent(name, self) for name in names}
+        self.reset()
+        self._servers = []
+        self.endpoints: dict[str, str] = {}
+        for name, agent in self.agents.items():
+            server, port = self._serve(agent)
+            self._servers.append(server)
+            self.endpoints[name] = f'127.0.0.1:{port}'
+
+    def _serve(self, agent: Agent) -> tuple[Any, int]:
+        server = grpc.server(futures.ThreadPoolExecutor(4))
+        for service in pb.DESCRIPTOR.services_by_name.values():
+            handlers = {m.name: _handler(agent, service.name, m) for m in service.methods}
+            handler = grpc.method_handlers_generic_handler(service.full_name, handlers)
+            server.add_generic_rpc_handlers((handler,))
+        pair = self.authority.issue('agent', agent.name)
+        credentials = grpc.ssl_server_credentials(
+            [(pair.key, pair.cert)], self.authority.cert, require_client_auth=True
+        )
+        port = server.add_secure_port('127.0.0.1:0', credentials)
+        server.start()
+        return server, port
+
+    def reset(self) -> None:
+        """As a fleet that has just been set up."""
+        self.order: list[str] = []
+        self.grants: set[str] = set()
+        for agent in self.agents.values():
+            agent.reset()
+
+    def where(self, volume_id: str) -> dict[str, str]:
+        """The state of each copy of a volume, by node."""
+        agents = self.agents.values()
+        return {a.name: a.volumes[volume_id].state for a in agents if volume_id in a.volumes}
+
+
+def _handler(agent: Agent, service: str, method: Any) -> Any:
+    request = message_factory.GetMessageClass(method.input_type)
+    answer = message_factory.GetMessageClass(method.output_type)
+    name = f'{service}.{method.name}'
+    return grpc.unary_unary_rpc_method_handler(
+        lambda message, context: agent.serve(name, message, context),
+        request_deserializer=request.FromString,
+        response_serializer=answer.SerializeToString,
+    )

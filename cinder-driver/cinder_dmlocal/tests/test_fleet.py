@@ -1,0 +1,181 @@
+"""The fleet: configuration, certificates, deadlines, statistics of many nodes."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from concurrent import futures
+from typing import Any
+
+import grpc
+from cinder import exception
+from cinder.volume import configuration
+
+from cinder_dmlocal import errors, fleet, options
+from cinder_dmlocal.driver import DmLocalDriver
+from cinder_dmlocal.tests.base import SERVICE, DriverTestCase, configured
+from cinder_dmlocal.tests.fake import GIB
+from cinder_dmlocal.wire import dmlocal_pb2 as pb
+
+
+class Configuration(DriverTestCase):
+    def test_a_range_of_names_keeps_its_width(self) -> None:
+        names = list(options.expand(['a', 'n-[008-011].x']))
+        self.assertEqual(['a', 'n-008.x', 'n-009.x', 'n-010.x', 'n-011.x'], names)
+
+    def test_an_endpoint_is_made_of_the_name_unless_it_is_told(self) -> None:
+        found = configured(
+            self.fleet,
+            {},
+            dmlocal_nodes=['a', 'b'],
+            dmlocal_endpoint='{node}.example:1',
+            dmlocal_endpoints={'b': '192.0.2.1:7'},
+        )
+        settings = options.Settings.read(found)
+        self.assertEqual({'a': 'a.example:1', 'b': '192.0.2.1:7'}, settings.endpoints)
+
+    def test_what_is_wrong_is_named_at_start(self) -> None:
+        for values in (
+            {'dmlocal_nodes': []},
+            {'dmlocal_nodes': ['a', 'a']},
+            {'dmlocal_nodes': ['a'], 'dmlocal_dead_nodes': ['b']},
+            {'dmlocal_nodes': ['a'], 'dmlocal_ca': '/nowhere'},
+        ):
+            found = configured(self.fleet, {}, **values)
+            driver = DmLocalDriver(configuration=found, host=SERVICE)
+            with self.subTest(values), self.assertRaises(exception.InvalidConfigurationValue):
+                driver.do_setup(None)
+
+    def test_every_option_says_what_it_is_for(self) -> None:
+        [(group, listed)] = options.list_opts()
+        self.assertEqual(configuration.SHARED_CONF_GROUP, group)
+        for option in listed:
+            self.assertTrue(option.help and option.name.startswith('dmlocal_'), option.name)
+
+
+class Certificates(DriverTestCase):
+    def look(self, **values: Any) -> None:
+        node = self.make_driver(**values).fleet['node-a']
+        node.look(node.nodes.GetNode, pb.GetNodeRequest())
+
+    def test_another_node_at_the_address_is_not_believed(self) -> None:
+        endpoints = {'node-a': self.fleet.endpoints['node-b']}
+        with self.assertRaises(errors.Unreachable):
+            self.look(dmlocal_nodes=['node-a'], dmlocal_endpoints=endpoints)
+
+    def test_an_agent_of_another_authority_is_not_believed(self) -> None:
+        with self.assertRaises(errors.Unreachable):
+            self.look(dmlocal_ca=configured(self.fleet, {}).dmlocal_cert)
+
+    def test_the_role_that_is_missing_is_named(self) -> None:
+        text = errors.for_cinder(errors.Refused('node-a', 'ROLE_FORBIDDEN', 'no', {}))
+        self.assertIn('role driver', text)
+
+
+class Statistics(DriverTestCase):
+    def names(self) -> list[str]:
+        stats = self.driver.get_volume_stats(refresh=True)
+        return [pool['pool_name'] for pool in stats['pools']]
+
+    def test_each_node_is_a_pool_with_what_is_free(self) -> None:
+        self.cinder.create('node-b', 30)
+        stats = self.driver.get_volume_stats(refresh=True)
+        pools = {pool['pool_name']: pool for pool in stats['pools']}
+        self.assertEqual({'node-a', 'node-b', 'node-c'}, set(pools))
+        self.assertEqual(100, pools['node-b']['total_capacity_gb'])
+        self.assertEqual(70, pools['node-b']['free_capacity_gb'])
+        self.assertEqual(30, pools['node-b']['provisioned_capacity_gb'])
+        self.assertFalse(pools['node-b']['multiattach'])
+
+    def test_a_dead_node_has_no_pool_and_the_others_go_on(self) -> None:
+        self.agent('b').is_down = True
+        self.assertEqual(['node-a', 'node-c'], self.names())
+        self.cinder.create('node-a')
+        self.agent('b').is_down = False
+        self.assertIn('node-b', self.names())
+
+    def test_a_node_without_a_pool_has_none_here(self) -> None:
+        self.agent('c').has_pool = False
+        self.assertEqual(['node-a', 'node-b'], self.names())
+
+    def test_the_service_is_up_while_any_node_answers(self) -> None:
+        self.driver = self.make_driver(dmlocal_look_timeout=0.2)
+        for letter in 'abc':
+            self.agent(letter).is_down = True
+        self.assertEqual([], self.names())
+        self.assertFalse(self.driver.initialized)
+        self.agent('c').is_down = False
+        time.sleep(0.25)
+        self.assertTrue(self.driver.initialized)
+
+
+class Deadlines(DriverTestCase):
+    def test_an_agent_that_says_nothing_is_not_waited_for(self) -> None:
+        with socket.create_server(('127.0.0.1', 0)) as silent:
+            port = silent.getsockname()[1]
+            endpoints = {**self.fleet.endpoints, 'node-b': f'127.0.0.1:{port}'}
+            driver = self.make_driver(dmlocal_endpoints=endpoints, dmlocal_look_timeout=0.3)
+            volume = self.cinder.create()
+            volume.host = f'{SERVICE}#node-b'
+            began = time.monotonic()
+            with self.refused('node-b', 'does not answer'):
+                driver.extend_volume(volume, 2)
+            self.assertLess(time.monotonic() - began, 1.5)
+
+    def test_five_hundred_nodes_are_asked_within_seconds(self) -> None:
+        names = [f'hv-{number:03}' for number in range(500)]
+        server, endpoint = self.crowd(names)
+        endpoints = dict.fromkeys(names, endpoint)
+        with socket.create_server(('127.0.0.1', 0)) as silent:
+            # Ten say nothing at all.
+            for name in names[::50]:
+                endpoints[name] = f'127.0.0.1:{silent.getsockname()[1]}'
+            driver = self.make_driver(
+                dmlocal_nodes=['hv-[000-499]'],
+                dmlocal_endpoints=endpoints,
+                dmlocal_look_timeout=2,
+            )
+            began = time.monotonic()
+            stats = driver.get_volume_stats(refresh=True)
+            took = time.monotonic() - began
+        server.stop(None)
+        self.assertEqual(490, len(stats['pools']))
+        self.assertLess(took, 30)
+
+    def crowd(self, names: list[str]) -> tuple[Any, str]:
+        """One server that is many nodes."""
+        pool = pb.Pool(name='local', size_bytes=GIB, present=True)
+        answer = pb.ListPoolsResponse(pools=[pool])
+        handler = grpc.unary_unary_rpc_method_handler(
+            lambda request, context: answer,
+            request_deserializer=pb.ListPoolsRequest.FromString,
+            response_serializer=pb.ListPoolsResponse.SerializeToString,
+        )
+        server = grpc.server(futures.ThreadPoolExecutor(4))
+        handlers = grpc.method_handlers_generic_handler(
+            'dmlocal.v1.Nodes', {'ListPools': handler}
+        )
+        server.add_generic_rpc_handlers((handlers,))
+        pair = self.fleet.authority.issue('agent', *names)
+        credentials = grpc.ssl_server_credentials(
+            [(pair.key, pair.cert)], self.fleet.authority.cert, require_client_auth=True
+        )
+        port = server.add_secure_port('127.0.0.1:0', credentials)
+        server.start()
+        return server, f'127.0.0.1:{port}'
+
+
+class Native(DriverTestCase):
+    def test_questions_to_many_are_asked_at_the_same_time(self) -> None:
+        meeting = threading.Barrier(3, timeout=10)
+
+        def method(node: fleet.Node) -> Any:
+            def call(request: Any, timeout: float) -> str:
+                meeting.wait()
+                return node.name
+
+            return call
+
+        answers = self.driver.fleet.ask(method, None)
+        self.assertEqual(set(self.fleet.agents), set(answers.given))

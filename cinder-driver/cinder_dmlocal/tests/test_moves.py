@@ -1,0 +1,162 @@
+"""migrate_volume, retype, update_migrated_volume, and taking over."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from cinder import exception
+
+from cinder_dmlocal.tests.base import SERVICE, DriverTestCase, Snapshot, Volume
+from cinder_dmlocal.tests.fake import Vol
+
+
+class Moves(DriverTestCase):
+    def target(self, letter: str) -> dict[str, Any]:
+        """A host as the scheduler hands it over."""
+        stats = self.driver.get_volume_stats(refresh=True)
+        pools = {pool['pool_name']: pool for pool in stats['pools']}
+        name = f'node-{letter}'
+        return {'host': f'{SERVICE}#{name}', 'capabilities': pools.get(name)}
+
+    def test_a_volume_nobody_uses_moves_at_once(self) -> None:
+        volume = self.cinder.create()
+        moved, _ = self.driver.migrate_volume(None, volume, self.target('b'))
+        self.assertTrue(moved)
+        self.assert_where(volume, a='FENCED', b='HYDRATING')
+        self.assertFalse(self.agent('b').volumes[volume.id].attached)
+
+    def test_migrating_again_succeeds(self) -> None:
+        volume = self.cinder.create()
+        for _ in range(2):
+            self.assertTrue(self.driver.migrate_volume(None, volume, self.target('b'))[0])
+        self.assert_where(volume, a='FENCED', b='HYDRATING')
+
+    def test_what_an_interrupted_migration_left_is_finished(self) -> None:
+        volume = self.cinder.create()
+        row = self.cinder.attach(volume, 'node-b')
+        volume.volume_attachment.remove(row)
+        volume.host = f'{SERVICE}#node-a'
+        self.driver.migrate_volume(None, volume, self.target('b'))
+        self.assertFalse(self.agent('b').volumes[volume.id].attached)
+
+    def test_a_volume_in_use_moves_only_with_its_guest(self) -> None:
+        volume = self.cinder.create()
+        self.cinder.attach(volume, 'node-a')
+        with self.refused('in use'):
+            self.driver.migrate_volume(None, volume, self.target('b'))
+        self.assert_where(volume, a='LOCAL')
+
+    def test_a_volume_in_use_remotely_is_copied_to_its_user(self) -> None:
+        volume = self.cinder.create()
+        self.agent('b').has_pool = False
+        self.cinder.attach(volume, 'node-b')
+        self.assert_where(volume, a='FENCED', b='REMOTE')
+        self.assert_home(volume, 'a')
+        self.agent('b').has_pool = True
+        self.assertTrue(self.driver.migrate_volume(None, volume, self.target('b'))[0])
+        self.assert_where(volume, a='FENCED', b='HYDRATING')
+
+    def test_another_backend_is_left_to_cinder(self) -> None:
+        volume = self.cinder.create()
+        host = {'host': 'other@lvm#pool', 'capabilities': {'location_info': 'LVM:other'}}
+        self.assertEqual((False, None), self.driver.migrate_volume(None, volume, host))
+
+    def test_retype_on_the_same_node_needs_nothing(self) -> None:
+        volume = self.cinder.create()
+        target = self.target('a')
+        self.fleet.order.clear()
+        self.assertTrue(self.driver.retype(None, volume, {}, {'encryption': {}}, target))
+        self.assertEqual([], self.fleet.order)
+
+    def test_retype_to_another_node_moves(self) -> None:
+        volume = self.cinder.create()
+        self.assertTrue(self.driver.retype(None, volume, {}, {}, self.target('b')))
+        self.assert_where(volume, a='FENCED', b='HYDRATING')
+
+    def test_retype_of_encryption_is_left_to_cinder(self) -> None:
+        volume = self.cinder.create()
+        diff = {'encryption': {'cipher': (None, 'aes-xts-plain64')}}
+        self.assertFalse(self.driver.retype(None, volume, {}, diff, self.target('a')))
+
+    def test_retype_to_multiattach_is_refused(self) -> None:
+        volume = self.cinder.create()
+        shared = {'extra_specs': {'multiattach': '<is> True'}}
+        with self.assertRaises(exception.InvalidVolumeType):
+            self.driver.retype(None, volume, shared, {}, self.target('a'))
+
+    def test_agents_know_a_migrated_volume_by_the_id_of_its_copy(self) -> None:
+        old, new = self.cinder.create(), self.cinder.create('node-b')
+        old.update(self.driver.update_migrated_volume(None, old, new, 'available'))
+        old.host = new.host
+        self.cinder.attach(old, 'node-b')
+        self.assertTrue(self.agent('b').volumes[new.id].attached)
+        self.assertNotIn(old.id, self.agent('b').volumes)
+
+
+class TakingOver(DriverTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.found = Vol(str(uuid.uuid4()), 3 * (1 << 29))
+        self.agent('a').volumes[self.found.id] = self.found
+        self.ref = {'source-id': self.found.id}
+        self.volume = Volume(0, f'{SERVICE}#node-a')
+
+    def test_a_volume_is_taken_over_and_keeps_its_id_at_the_agents(self) -> None:
+        self.assertEqual(2, self.driver.manage_existing_get_size(self.volume, self.ref))
+        self.volume.update(self.driver.manage_existing(self.volume, self.ref))
+        self.cinder.attach(self.volume, 'node-b')
+        self.assertEqual(
+            {'node-a': 'FENCED', 'node-b': 'HYDRATING'}, self.fleet.where(self.found.id)
+        )
+
+    def test_what_cannot_be_taken_over_is_refused(self) -> None:
+        for ref in ({}, {'source-id': 'x'}, {'source-id': str(uuid.uuid4())}):
+            with self.assertRaises(exception.ManageExistingInvalidReference):
+                self.driver.manage_existing(self.volume, ref)
+        self.found.attached = True
+        with self.assertRaisesRegex(exception.ManageExistingInvalidReference, 'attached'):
+            self.driver.manage_existing(self.volume, self.ref)
+
+    def test_the_list_says_what_is_safe(self) -> None:
+        known = self.cinder.create('node-b')
+        in_use = Vol(str(uuid.uuid4()), 1 << 30, attached=True)
+        self.agent('b').volumes[in_use.id] = in_use
+        self.agent('c').is_down = True
+        entries = self.driver.get_manageable_volumes([known], None, 10, 0, ['size'], ['desc'])
+        safe = {e['reference']['source-id']: e['safe_to_manage'] for e in entries}
+        expected = {self.found.id: True, known.id: False, in_use.id: False}
+        self.assertEqual(expected, safe)
+
+    def test_unmanaging_leaves_everything(self) -> None:
+        volume = self.cinder.create()
+        self.driver.unmanage(volume)
+        self.driver.unmanage_snapshot(Snapshot(volume))
+        self.assert_where(volume, a='LOCAL')
+
+    def test_a_snapshot_is_taken_over(self) -> None:
+        volume = self.cinder.create()
+        other = Snapshot(volume)
+        self.driver.create_snapshot(other)
+        snapshot, ref = Snapshot(volume), {'source-id': other.id}
+        self.assertEqual(1, self.driver.manage_existing_snapshot_get_size(snapshot, ref))
+        for key, value in self.driver.manage_existing_snapshot(snapshot, ref).items():
+            setattr(snapshot, key, value)
+        self.driver.delete_snapshot(snapshot)
+        self.assertEqual({}, self.agent('a').snapshots)
+
+    def test_a_snapshot_of_another_volume_is_refused(self) -> None:
+        mine, others = self.cinder.create(), self.cinder.create()
+        taken = Snapshot(others)
+        self.driver.create_snapshot(taken)
+        with self.assertRaises(exception.ManageExistingInvalidReference):
+            self.driver.manage_existing_snapshot(Snapshot(mine), {'source-id': taken.id})
+
+    def test_the_list_of_snapshots_says_what_is_safe(self) -> None:
+        volume = self.cinder.create()
+        mine, free = Snapshot(volume), Snapshot(volume)
+        for snapshot in (mine, free):
+            self.driver.create_snapshot(snapshot)
+        entries = self.driver.get_manageable_snapshots([mine], None, 10, 0, ['size'], ['desc'])
+        safe = {e['reference']['source-id']: e['safe_to_manage'] for e in entries}
+        self.assertEqual({mine.id: False, free.id: True}, safe)

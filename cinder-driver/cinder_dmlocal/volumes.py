@@ -1,0 +1,422 @@
+"""What the driver has the agents do with volumes.
+
+Every function begins by finding the volume (`copies`), so that repeating one goes on
+from wherever the last one was interrupted. The trace of a move is the grant at the node
+that has the volume: it is made first and taken back last, so that whoever comes next sees
+that there is something to go on with or to clear away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections.abc import Iterable
+
+from oslo_log import log as logging
+from oslo_utils import units
+
+from cinder_dmlocal import errors
+from cinder_dmlocal.copies import Copy, Found, Known, find
+from cinder_dmlocal.fleet import Fleet, Node
+from cinder_dmlocal.options import Settings
+from cinder_dmlocal.wire import dmlocal_pb2 as pb
+
+LOG = logging.getLogger(__name__)
+
+# How often it is seen whether a device is closed by now, in seconds.
+_AGAIN = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Where a volume is after something was done with it."""
+
+    home: str
+    device_path: str = ''
+
+
+class Volumes:
+    """The volumes of the fleet.
+
+    Methods raise errors.AgentError where an agent refuses or does not answer, and the
+    other exceptions of `errors` as they say.
+    """
+
+    def __init__(self, fleet: Fleet, settings: Settings) -> None:
+        self._fleet = fleet
+        self._settings = settings
+
+    # Beginning and end
+
+    def create(self, volume_id: str, size_gib: int, node: Node) -> None:
+        """Creates a blank volume on a node."""
+        node.call(
+            node.volumes.Create,
+            pb.CreateVolumeRequest(
+                id=volume_id, size_bytes=size_gib * units.Gi, pool=self._settings.pool
+            ),
+        )
+
+    def create_of(
+        self, volume_id: str, size_gib: int, origin: pb.Origin, at: Node, node: Node
+    ) -> None:
+        """Makes a volume on `node` of a snapshot or volume that is on the node `at`.
+
+        On the same node nothing is copied. On another it is usable at once, and copied
+        in the background.
+        """
+        if at is node:
+            request = pb.CreateVolumeRequest(id=volume_id, source=origin)
+            volume = node.call(node.volumes.Create, request)
+        else:
+            volume = self._receive_new(volume_id, origin, at, node)
+        size = size_gib * units.Gi
+        if volume.size_bytes < size:
+            which = Copy(node, volume).which()
+            node.call(node.volumes.Extend, pb.ExtendVolumeRequest(size_bytes=size, **which))
+
+    def _receive_new(
+        self, volume_id: str, origin: pb.Origin, at: Node, node: Node
+    ) -> pb.Volume:
+        there = self._look(node, volume_id)
+        if there is not None and there.source == origin:
+            return there
+        begun = self._look(at, volume_id)
+        if begun is not None and Copy(at, begun).is_offered:
+            # For a receive that never came.
+            self._revoke(at, volume_id, begun.grant_id)
+        return self._move(volume_id, at, node, hold=False, origin=origin).volume
+
+    @staticmethod
+    def _look(node: Node, volume_id: str) -> pb.Volume | None:
+        try:
+            return node.look(node.volumes.Get, pb.GetVolumeRequest(id=volume_id))
+        except errors.Refused as refusal:
+            if refusal.reason != 'VOLUME_NOT_FOUND':
+                raise
+            return None
+
+    def delete(self, known: Known) -> None:
+        """Deletes a volume, wherever it is; one that is nowhere is deleted already.
+
+        Raises errors.InUse if somebody has its device open.
+        """
+        found = find(self._fleet, known)
+        try:
+            owner = found.must_have_owner()
+        except errors.NotFound as missing:
+            LOG.warning('Volume %s is deleted from Cinder only: %s', known.id, missing)
+            for copy in found.copies.values():
+                if copy.is_offered:
+                    # A copy that was made for a receive that never came.
+                    self._revoke(copy.node, known.id, copy.volume.grant_id)
+            return
+        except errors.Lost as lost:
+            LOG.warning('%s It is deleted from Cinder only.', lost)
+            return
+        owner = self._settle(found, owner)
+        was_remote = owner.is_remote
+        if owner.volume.attached:
+            owner = self._close(owner)
+        if was_remote:
+            # It has gone home by being closed.
+            owner = self.find(known)
+        owner.node.call(owner.node.volumes.Delete, pb.DeleteVolumeRequest(**owner.which()))
+
+    def find(self, known: Known) -> Copy:
+        """The copy that is the volume."""
+        return find(self._fleet, known).must_have_owner()
+
+    def extend(self, known: Known, size_gib: int) -> Placed:
+        """Grows a volume where it is written."""
+        owner = self.find(known)
+        size = size_gib * units.Gi
+        request = pb.ExtendVolumeRequest(size_bytes=size, **owner.which())
+        owner.node.call(owner.node.volumes.Extend, request)
+        return Placed(owner.home)
+
+    # Attaching
+
+    def attach(self, known: Known, node: Node, *, visits: bool = False) -> Placed:
+        """Makes the device exist on a node, and tells its path.
+
+        Where the volume is on another node, it is moved: with a hold while an attachment
+        of Cinder's still uses it there, as in a live migration, or at once. If it only
+        `visits`, its data stays where it is. Repeating this gives the same answer.
+
+        Raises errors.InUse if it is open elsewhere although no attachment is there.
+        """
+        found = find(self._fleet, known, node.name)
+        owner = found.must_have_owner()
+        here = found.copies.get(node.name)
+        if owner.node is node:
+            # What it was offered to another node for is over, or its own affair.
+            return self._open(owner)
+        if here is not None and owner.is_promised(here):
+            return self._open(here)
+        owner = self._settle(found, owner)
+        if owner.node is node:
+            return self._open(owner)
+        is_used = owner.volume.attached and owner.node.name in known.hosts
+        if owner.volume.attached and not is_used:
+            # Whoever used it there is gone, but its agent was not there to hear it.
+            was_remote = owner.is_remote
+            owner = self._close(owner)
+            if was_remote:
+                # It has gone home by being closed.
+                return self.attach(known, node, visits=visits)
+        copy = self._move(known.id, owner.node, node, hold=is_used, visits=visits)
+        path = str(copy.volume.device_path)
+        return Placed(copy.home, path) if path else self._open(copy)
+
+    def _open(self, copy: Copy) -> Placed:
+        request = pb.AttachVolumeRequest(id=copy.volume.id)
+        try:
+            volume = copy.node.call(copy.node.volumes.Attach, request)
+        except errors.Refused as refusal:
+            borrower = refusal.metadata.get('node', '')
+            is_dead = borrower in self._fleet and self._fleet[borrower].is_dead
+            if refusal.reason != 'CONFIRMATION_REQUIRED' or not is_dead:
+                raise
+            LOG.warning(
+                'Volume %s is opened on %s without the word of %s, which is declared dead.',
+                copy.volume.id,
+                copy.node.name,
+                borrower,
+            )
+            request.generation = copy.volume.generation
+            volume = copy.node.call(copy.node.volumes.Attach, request)
+        return Placed(copy.home, str(volume.device_path))
+
+    def detach(self, known: Known, host: str) -> Placed | None:
+        """Ends what an attachment had on a host; None if nothing is known of the volume.
+
+        Whoever has the device open there is never cut off, whatever Cinder says: the
+        answer then is errors.InUse. A host that another attachment names as well keeps
+        the device. An agent that does not answer is passed over: its node may be dead,
+        and what it has is cleared away before the volume is used elsewhere.
+        """
+        others = list(known.hosts)
+        if host in others:
+            others.remove(host)
+        if host in others:
+            LOG.info('Volume %s stays on %s: another attachment is there.', known.id, host)
+            return None
+        try:
+            return self._detach(known, host, others)
+        except errors.Unreachable as error:
+            LOG.warning('Volume %s is not detached on %s: %s', known.id, host, error.msg)
+            return None
+
+    def _detach(self, known: Known, host: str, others: list[str]) -> Placed | None:
+        found = find(self._fleet, known, host)
+        here = found.copies.get(host)
+        if here is None:
+            error = found.failed.get(host)
+            if isinstance(error, errors.Unreachable):
+                LOG.warning('Volume %s is not detached on %s: %s', known.id, host, error.msg)
+            owner = found.owner
+            return Placed(owner.home) if owner else None
+        if here is found.owner:
+            return self._leave_owner(found, here, others)
+        if here.is_held:
+            return self._leave(found, here)
+        if here.volume.attached:
+            self._forget_handle(here)
+        return Placed(found.owner.home) if found.owner else None
+
+    def _leave(self, found: Found, here: Copy) -> Placed | None:
+        """The destination of a held move is not wanted any more: a roll-back.
+
+        That nobody has it open is what speaks for it; Cinder's word alone does not.
+        """
+        self._close(here)
+        source = found.copies.get(here.volume.source_node)
+        self._give_up(here, source)
+        owner = find(self._fleet, found.known, here.volume.source_node or None).owner
+        return Placed(owner.home) if owner else None
+
+    def _leave_owner(self, found: Found, here: Copy, others: Iterable[str]) -> Placed:
+        """The node that has the volume does not use it any more.
+
+        If another node holds it that Cinder has an attachment on, the guest has gone
+        there: that its device is closed here is the proof.
+        """
+        home = here.home
+        here = self._close(here)
+        if not here.is_offered:
+            return Placed(home)
+        if here.volume.peer_node not in others:
+            return Placed(self._settle(found, here).home)
+        heir = found.copies.get(here.volume.peer_node)
+        if heir is None:
+            LOG.warning('Volume %s stays held: %s', here.volume.id, found.failed)
+            return Placed(home)
+        try:
+            request = pb.SwitchRequest(**heir.which())
+            heir = Copy(heir.node, heir.node.call(heir.node.moves.Switch, request))
+        except errors.AgentError as error:
+            # It is switched already, or its agent goes on asking by itself.
+            LOG.warning('Volume %s: %s', here.volume.id, error.msg)
+            owner = find(self._fleet, found.known, heir.node.name).owner
+            return Placed(owner.home if owner else home)
+        return Placed(heir.home)
+
+    def _close(self, copy: Copy) -> Copy:
+        """Removes the device on a node, once nobody has it open.
+
+        Raises errors.InUse if somebody still has after the timeout for closing.
+        """
+        until = time.monotonic() + self._settings.close_timeout
+        request = pb.DetachVolumeRequest(**copy.which())
+        while True:
+            try:
+                return Copy(copy.node, copy.node.call(copy.node.volumes.Detach, request))
+            except errors.Refused as refusal:
+                if refusal.reason != 'HANDLE_IN_USE':
+                    raise
+            if time.monotonic() >= until:
+                raise errors.InUse(volume=copy.volume.id, node=copy.node.name)
+            time.sleep(_AGAIN)
+
+    def _forget_handle(self, copy: Copy) -> None:
+        """Removes what is left of a device through which nothing can be written."""
+        request = pb.DetachVolumeRequest(**copy.which())
+        try:
+            copy.node.call(copy.node.volumes.Detach, request)
+        except errors.AgentError as error:
+            LOG.info('Volume %s: %s', copy.volume.id, error.msg)
+
+    # Moving
+
+    def migrate(self, known: Known, node: Node) -> Placed:
+        """Moves a volume that nobody uses; or makes the copy of one that is remote here.
+
+        Raises errors.InUse if it is used: it moves with its guest.
+        """
+        found = find(self._fleet, known, node.name)
+        owner = found.must_have_owner()
+        if owner.node is node:
+            if owner.is_remote:
+                request = pb.LocalizeRequest(pool=self._settings.pool, **owner.which())
+                node.call(node.moves.Localize, request)
+            elif owner.volume.attached and not known.hosts:
+                # What an earlier call that was interrupted has left.
+                self._close(owner)
+            return Placed(node.name)
+        if owner.volume.attached:
+            if owner.node.name in known.hosts:
+                raise errors.InUse(volume=known.id, node=owner.node.name)
+            self._close(owner)
+        self.attach(known, node)
+        copy = find(self._fleet, known, node.name).must_have_owner()
+        self._close(copy)
+        return Placed(node.name)
+
+    def _move(
+        self,
+        volume_id: str,
+        source: Node,
+        node: Node,
+        *,
+        hold: bool,
+        visits: bool = False,
+        origin: pb.Origin | None = None,
+    ) -> Copy:
+        """Has `source` offer a volume, or with `origin` a copy of it, and `node` receive it."""
+        whom = node.look(node.nodes.GetNode, pb.GetNodeRequest())
+        grant_id = str(uuid.uuid4())
+        grant = source.call(
+            source.moves.Grant,
+            pb.GrantRequest(
+                id=volume_id,
+                grant_id=grant_id,
+                node=node.name,
+                host_nqn=whom.host_nqn,
+                endpoint=whom.endpoint,
+                hold=hold,
+                source=origin,
+            ),
+        )
+        mode = pb.RECEIVE_MODE_REMOTE if visits else pb.RECEIVE_MODE_UNSPECIFIED
+        request = pb.ReceiveRequest(
+            grant=grant, pool='' if visits else self._settings.pool, mode=mode
+        )
+        try:
+            return Copy(node, node.call(node.moves.Receive, request))
+        except errors.Refused:
+            self._revoke(source, volume_id, grant_id)
+            raise
+        except errors.Unreachable as error:
+            return self._in_doubt(volume_id, source, node, grant_id, error)
+
+    def _in_doubt(
+        self, volume_id: str, source: Node, node: Node, grant_id: str, error: errors.Unreachable
+    ) -> Copy:
+        """The answer to a receive was lost: it may have been done.
+
+        While the destination says nothing the grant stays, as the trace of it.
+        """
+        try:
+            volume = node.look(node.volumes.Get, pb.GetVolumeRequest(id=volume_id))
+        except errors.Refused:
+            self._revoke(source, volume_id, grant_id)
+            raise error from None
+        except errors.Unreachable:
+            raise error from None
+        if volume.grant_id == grant_id and volume.device_path:
+            return Copy(node, volume)
+        raise error
+
+    def _settle(self, found: Found, owner: Copy) -> Copy:
+        """Ends an offer that nobody makes use of, and gives the volume as it is then.
+
+        Raises errors.InUse if the destination has it open, and errors.Unreachable if
+        Cinder has an attachment on a destination that does not answer.
+        """
+        for copy in found.copies.values():
+            is_stray = copy.is_held and copy is not owner and not owner.is_promised(copy)
+            if is_stray:
+                self._close(copy)
+                self._give_up(copy, None)
+        if not owner.is_offered:
+            return owner
+        peer = owner.volume.peer_node
+        held = found.copies.get(peer)
+        if held is not None:
+            self._close(held)
+            self._give_up(held, owner)
+        else:
+            error = found.failed.get(peer)
+            is_needed = peer in found.known.hosts and not self._fleet[peer].is_dead
+            if isinstance(error, errors.Unreachable) and is_needed:
+                raise error
+            self._revoke(owner.node, owner.volume.id, owner.volume.grant_id)
+        return find(self._fleet, found.known, owner.node.name).must_have_owner()
+
+    def _give_up(self, held: Copy, source: Copy | None) -> None:
+        """Aborts a move at its destination, which nobody has open.
+
+        If writes wait there they were never acknowledged. The source is told first then,
+        so that it cannot be fenced any more.
+        """
+        request = pb.AbortRequest(**held.which())
+        try:
+            held.node.call(held.node.moves.Abort, request)
+        except errors.Refused as refusal:
+            if refusal.reason in ('GRANT_FENCED', 'VOLUME_NOT_FOUND', 'VOLUME_NOT_HELD'):
+                LOG.info('Volume %s: %s', held.volume.id, refusal.msg)
+                return
+            if refusal.reason != 'WRITTEN_AT_DESTINATION' or source is None:
+                raise
+            self._revoke(source.node, held.volume.id, held.volume.grant_id)
+            held.node.call(held.node.moves.Abort, request)
+
+    def _revoke(self, source: Node, volume_id: str, grant_id: str) -> None:
+        """Takes a grant back; leaves it where that cannot be done, for the next to find."""
+        request = pb.RevokeRequest(volume_id=volume_id, grant_id=grant_id)
+        try:
+            source.call(source.moves.Revoke, request)
+        except errors.AgentError as error:
+            LOG.warning('Volume %s: the grant %s stays: %s', volume_id, grant_id, error.msg)
