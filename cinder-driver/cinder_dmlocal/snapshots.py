@@ -61,11 +61,11 @@ class Snapshots:
             except errors.Refused as refusal:
                 if refusal.reason != 'SNAPSHOT_NOT_FOUND':
                     raise
-        error = silent.get(known.at)
-        if error is not None and self._fleet[known.at].is_dead:
+        unheard = silent.get(known.at)
+        if unheard is not None and self._fleet[known.at].is_dead:
             raise errors.Lost(what=f'Snapshot {known.id}', node=known.at)
-        if error is not None:
-            raise error
+        if unheard is not None:
+            raise unheard
         return self._find_anywhere(known)
 
     def _find_anywhere(self, known: KnownSnapshot) -> Taken:
