@@ -79,7 +79,7 @@ impl Image {
 }
 
 /// Finds an artefact, or has it made.
-fn artefact(
+pub(crate) fn artefact(
     kind: &str,
     recipe: &[&str],
     make: impl FnOnce(&Path) -> Result<()>,

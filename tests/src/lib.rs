@@ -12,6 +12,7 @@
 //! install    dmlocal on a node
 //! content    what dmlocal-writer writes and checks inside a node
 //! boot       a boot disk for a guest inside a node
+//! python     Python with what the Cinder driver is tested with (cached)
 //! ```
 //!
 //! A node starts in about two seconds, because it is a restored snapshot with
@@ -28,6 +29,7 @@ pub mod image;
 mod install;
 pub mod network;
 pub mod packages;
+pub mod python;
 pub mod qemu;
 pub mod wire;
 

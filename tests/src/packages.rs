@@ -10,6 +10,9 @@ use crate::host;
 /// What it takes to build the workspace.
 pub const BUILDING: &[&str] = &["clang", "libclang-dev", "libdevmapper-dev", "pkg-config"];
 
+/// What it takes, beyond that, to test the Cinder driver.
+pub const DRIVER: &[&str] = &["python3", "python3-venv"];
+
 /// What it takes, beyond that, to run nodes.
 pub const NODES: &[&str] = &[
     "binutils",

@@ -42,6 +42,11 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
     }
     let only: Vec<&str> = arguments.only.as_deref().into_iter().collect();
     run::cargo(&[&["test", "--release", "--workspace", "--"], &only[..]].concat(), &[])?;
+    let named: Vec<&str> = only.iter().flat_map(|name| ["-k", name]).collect();
+    let driver = ["unittest", "discover", "--buffer", "-t", ".", "-s", "cinder_dmlocal/tests"];
+    run::python(&[&driver[..], &named].concat())?;
+    let whole = ["unittest", "--buffer", "cinder_dmlocal.tests.check_whole"];
+    run::python(&[&whole[..], &named].concat())?;
     if arguments.no_vm {
         return Ok(());
     }
@@ -65,6 +70,9 @@ pub(crate) fn ci(arguments: &CiArguments) -> Result<()> {
     let targets = ["clippy", "--release", "--workspace", "--all-targets", "--quiet"];
     run::cargo(&[&targets[..], &["--", "--deny", "warnings"]].concat(), &[])?;
     run::part("tidy", tidy::check)?;
+    run::python(&["ruff", "format", "--check", "--quiet", "."])?;
+    run::python(&["ruff", "check", "--quiet", "."])?;
+    run::python(&["mypy"])?;
     let documentation = ["doc", "--release", "--workspace", "--no-deps", "--quiet"];
     run::cargo(&documentation, &[("RUSTDOCFLAGS", "--deny warnings")])?;
     if arguments.no_test {

@@ -33,6 +33,24 @@ pub(crate) fn cargo(arguments: &[&str], variables: &[(&str, &str)]) -> Result<()
     })
 }
 
+/// What Python's unittest ends with where no test has the name that was asked for (3.12 on).
+const NO_TESTS: i32 = 5;
+
+/// Runs a module of Python's in the Cinder driver's folder.
+pub(crate) fn python(module: &[&str]) -> Result<()> {
+    let shown = format!("python -m {}", module.join(" "));
+    part(&shown, || {
+        packages::ensure(packages::DRIVER)?;
+        let mut command = dmlocal_testbed::python::in_driver()?;
+        let status = command.arg("-m").args(module).status().context("starting Python")?;
+        let has_none = module.contains(&"-k") && status.code() == Some(NO_TESTS);
+        if !status.success() && !has_none {
+            bail!("{status}");
+        }
+        Ok(())
+    })
+}
+
 /// Builds what goes onto nodes, and installs what that takes.
 pub(crate) fn build_for_nodes() -> Result<()> {
     build(&["--bins"])
@@ -68,7 +86,7 @@ pub(crate) fn become_root() -> Result<()> {
         .chain(
             env::vars()
                 .map(|(name, _)| name)
-                .filter(|name| name.starts_with("DMLOCAL_"))
+                .filter(|name| name.starts_with("DMLOCAL_") || name.starts_with("PIP_"))
                 .collect::<Vec<_>>()
                 .iter()
                 .map(String::as_str),
