@@ -10,6 +10,8 @@
 mod bed;
 #[path = "volumes/chains.rs"]
 mod chains;
+#[path = "volumes/cinder.rs"]
+mod cinder;
 #[path = "volumes/faults.rs"]
 mod faults;
 #[path = "volumes/guest.rs"]
@@ -102,6 +104,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     migrations::a_guest_migrates_while_it_writes,
     migrations::a_guest_whose_migration_is_cancelled_stays,
     migrations::a_guest_stays_whose_destination_loses_power,
+    cinder::a_volume_follows_its_guest_through_cinder,
     chains::a_volume_passes_through_a_node_before_it_is_whole_there,
 ];
 
@@ -114,6 +117,7 @@ const EXTENT: &str = "DMLOCAL_SCENARIOS";
 
 /// Those that a change has to pass, and that are too much for every try: `--long`.
 const LONG: &[&str] = &[
+    "a_volume_follows_its_guest_through_cinder",
     "agents_killed_around_the_switch_go_on",
     "discards_are_refused_until_everything_is_here",
     "a_pool_of_other_blocks_takes_no_volume_from_elsewhere",

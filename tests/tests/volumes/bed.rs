@@ -1,6 +1,7 @@
 //! Two nodes or three, and words for what scenarios do on them.
 
 use std::fs;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -53,6 +54,11 @@ impl Bed {
     /// The third node, of scenarios that ask for one.
     pub fn c(&self) -> &Node {
         &self.cluster.nodes()[2]
+    }
+
+    /// A program on the host that can reach the nodes.
+    pub fn host_command(&self, program: &str) -> Command {
+        self.cluster.host_command(program)
     }
 
     /// What the emulator did to a node.
@@ -158,11 +164,16 @@ pub struct Volume {
 }
 
 impl Volume {
+    /// One that somebody else has created.
+    pub fn known(id: &str) -> Result<Volume> {
+        let seed = u64::from_str_radix(id.get(..8).context("no id of a volume")?, 16)?;
+        Ok(Volume { device: format!("/dev/mapper/dmlocal-{id}"), id: id.to_owned(), seed })
+    }
+
     /// Creates and attaches one.
     pub fn create(on: &Node, mib: u32) -> Result<Volume> {
         let id = fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().to_owned();
-        let seed = u64::from_str_radix(&id[..8], 16)?;
-        let volume = Volume { device: format!("/dev/mapper/dmlocal-{id}"), id, seed };
+        let volume = Volume::known(&id)?;
         ctl(on, &format!("volume create {} --size {mib}MiB", volume.id))?;
         let attached = ctl(on, &format!("volume attach {}", volume.id))?;
         ensure!(attached["device_path"] == volume.device.as_str(), "{attached}");
@@ -296,14 +307,14 @@ impl Volume {
 
     /// Detaches and deletes it.
     pub fn delete(&self, on: &Node) -> Result<()> {
-        on.shell(&format!("rm -f {} {}", self.state(), self.go()))?.ok()?;
+        self.forget_writer(on)?;
         ctl(on, &format!("volume detach {}", self.id))?;
         ctl(on, &format!("volume delete {}", self.id)).map(drop)
     }
 
     /// Sends a remote volume home, and deletes it there.
     pub fn delete_at_home(&self, home: &Node, user: &Node) -> Result<()> {
-        user.shell(&format!("rm -f {} {}", self.state(), self.go()))?.ok()?;
+        self.forget_writer(user)?;
         ctl(user, &format!("volume detach {}", self.id))?;
         self.wait_until_gone(user)?;
         self.wait_for(home, "local", LATER)?;
@@ -332,6 +343,11 @@ impl Volume {
         let unpack = format!("base64 --decode >{state} && sync {state}");
         to.exec_with(&["sh", "-c", &unpack], text.as_bytes(), SOON)?.ok()?;
         from.exec(&["rm", &state])?.ok().map(drop)
+    }
+
+    /// Removes what its writer has left on a node.
+    pub fn forget_writer(&self, on: &Node) -> Result<()> {
+        on.shell(&format!("rm -f {} {}", self.state(), self.go()))?.ok().map(drop)
     }
 
     fn state(&self) -> String {
