@@ -141,6 +141,7 @@ const LONG: &[&str] = &[
     "a_source_that_lost_power_is_waited_for",
     "a_source_that_is_lost_for_ever_is_given_up",
     "a_guest_migrates_while_it_writes",
+    "a_guest_stays_whose_destination_loses_power",
 ];
 
 /// Those that wait for the kernel's own timeouts or for a whole shutdown, and those whose
