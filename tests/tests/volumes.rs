@@ -105,6 +105,8 @@ const SCENARIOS: &[Scenario] = scenarios![
     migrations::a_guest_whose_migration_is_cancelled_stays,
     migrations::a_guest_stays_whose_destination_loses_power,
     cinder::a_volume_follows_its_guest_through_cinder,
+    cinder::a_guest_whose_destination_fails_migrates_later,
+    cinder::an_evacuated_volume_waits_for_its_node,
     chains::a_volume_passes_through_a_node_before_it_is_whole_there,
 ];
 
@@ -118,6 +120,8 @@ const EXTENT: &str = "DMLOCAL_SCENARIOS";
 /// Those that a change has to pass, and that are too much for every try: `--long`.
 const LONG: &[&str] = &[
     "a_volume_follows_its_guest_through_cinder",
+    "a_guest_whose_destination_fails_migrates_later",
+    "an_evacuated_volume_waits_for_its_node",
     "agents_killed_around_the_switch_go_on",
     "discards_are_refused_until_everything_is_here",
     "a_pool_of_other_blocks_takes_no_volume_from_elsewhere",
