@@ -166,6 +166,9 @@ class Volumes:
             if was_remote:
                 # It has gone home by being closed.
                 return self.attach(known, node, visits=visits)
+        if here is not None and here.is_fenced and here.volume.attached:
+            # The device of an earlier stay, which leads nowhere any more.
+            self._close(here)
         copy = self._move(known.id, owner.node, node, hold=is_used, visits=visits)
         path = str(copy.volume.device_path)
         return Placed(copy.home, path) if path else self._open(copy)

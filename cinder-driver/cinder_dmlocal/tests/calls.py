@@ -334,7 +334,7 @@ class Calls:
             return self.show(there)
         if there is not None and there.state != 'FENCED':
             raise Refusal('VOLUME_EXISTS', 'ALREADY_EXISTS', field='grant')
-        if there is not None and there.opened:
+        if there is not None and there.attached:
             raise Refusal('HANDLE_IN_USE')
         stays = request.mode == pb.RECEIVE_MODE_REMOTE
         is_remote = stays or (not self.has_pool and request.mode == 0 and not request.pool)
