@@ -79,7 +79,7 @@ class DmLocalDriver(driver.VolumeDriver):
         self._settings = settings
         self._fleet = Fleet(settings)
         self._volumes = Volumes(self._fleet, settings)
-        self._snapshots = Snapshots(self._fleet)
+        self._snapshots = Snapshots(self._fleet, self._volumes)
 
     def check_for_setup_error(self) -> None:
         """Nothing more: nodes that do not answer now may do so later."""
@@ -125,7 +125,7 @@ class DmLocalDriver(driver.VolumeDriver):
     def create_cloned_volume(self, volume: Any, src_vref: Any) -> None:
         """Makes a volume of another as it is now, used or not."""
         _must_not_be_shared(volume)
-        at = self._volumes.find(_known(src_vref)).node
+        at = self._volumes.find_local(_known(src_vref)).node
         origin = pb.Origin(volume_id=src_vref.name_id)
         self._volumes.create_of(
             volume.name_id, volume.size, origin, at, self._node(_home(volume))
@@ -197,7 +197,8 @@ class DmLocalDriver(driver.VolumeDriver):
     def create_snapshot(self, snapshot: Any) -> dict[str, Any]:
         """Takes a snapshot where the volume is written."""
         node = self._snapshots.create(_known_snapshot(snapshot))
-        return {'provider_location': node}
+        self._follow(snapshot.volume, Placed(node.name))
+        return {'provider_location': node.name}
 
     @_told
     @_of_snapshot

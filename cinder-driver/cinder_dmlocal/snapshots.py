@@ -15,6 +15,7 @@ from oslo_log import log as logging
 from cinder_dmlocal import errors
 from cinder_dmlocal.copies import Known, find
 from cinder_dmlocal.fleet import Fleet, Node
+from cinder_dmlocal.volumes import Volumes
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
 
 LOG = logging.getLogger(__name__)
@@ -40,8 +41,9 @@ class Taken:
 class Snapshots:
     """The snapshots of the fleet."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, volumes: Volumes) -> None:
         self._fleet = fleet
+        self._volumes = volumes
 
     def find(self, known: KnownSnapshot) -> Taken:
         """Finds a snapshot.
@@ -76,12 +78,12 @@ class Snapshots:
         silent = errors.silent(answers.failed) or 'none'
         raise errors.NotFound(what=f'snapshot {known.id}', silent=silent)
 
-    def create(self, known: KnownSnapshot) -> str:
-        """Takes a snapshot where its volume is written; gives that node's name."""
-        node = find(self._fleet, known.volume).must_have_owner().node
+    def create(self, known: KnownSnapshot) -> Node:
+        """Takes a snapshot where its volume is written; that node is the answer."""
+        node = self._volumes.find_local(known.volume).node
         request = pb.CreateSnapshotRequest(id=known.id, volume_id=known.volume.id)
         node.call(node.snapshots.Create, request)
-        return node.name
+        return node
 
     def delete(self, known: KnownSnapshot) -> None:
         """Deletes a snapshot, as soon as nothing reads it; one that is nowhere is deleted."""

@@ -128,9 +128,22 @@ class Volumes:
         """The copy that is the volume."""
         return find(self._fleet, known).must_have_owner()
 
+    def find_local(self, known: Known) -> Copy:
+        """The same, once its data is or is being copied where it is used.
+
+        A volume that is used over the network can only be read and written there.
+        """
+        return self._localized(self.find(known))
+
+    def _localized(self, owner: Copy) -> Copy:
+        if not owner.is_remote:
+            return owner
+        request = pb.LocalizeRequest(pool=self._settings.pool, **owner.which())
+        return Copy(owner.node, owner.node.call(owner.node.moves.Localize, request))
+
     def extend(self, known: Known, size_gib: int) -> Placed:
         """Grows a volume where it is written."""
-        owner = self.find(known)
+        owner = self.find_local(known)
         size = size_gib * units.Gi
         request = pb.ExtendVolumeRequest(size_bytes=size, **owner.which())
         owner.node.call(owner.node.volumes.Extend, request)
@@ -166,6 +179,7 @@ class Volumes:
             if was_remote:
                 # It has gone home by being closed.
                 return self.attach(known, node, visits=visits)
+        owner = self._localized(owner)
         if here is not None and here.is_fenced and here.volume.attached:
             # The device of an earlier stay, which leads nowhere any more.
             self._close(here)
@@ -302,8 +316,7 @@ class Volumes:
         owner = found.must_have_owner()
         if owner.node is node:
             if owner.is_remote:
-                request = pb.LocalizeRequest(pool=self._settings.pool, **owner.which())
-                node.call(node.moves.Localize, request)
+                self._localized(owner)
             elif owner.volume.attached and not known.hosts:
                 # What an earlier call that was interrupted has left.
                 self._close(owner)

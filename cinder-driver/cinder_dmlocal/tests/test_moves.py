@@ -7,7 +7,7 @@ from typing import Any
 
 from cinder import exception
 
-from cinder_dmlocal.tests.base import SERVICE, DriverTestCase, Snapshot, Volume
+from cinder_dmlocal.tests.base import SERVICE, Attachment, DriverTestCase, Snapshot, Volume
 from cinder_dmlocal.tests.fake import Vol
 
 
@@ -56,6 +56,59 @@ class Moves(DriverTestCase):
         self.agent('b').has_pool = True
         self.assertTrue(self.driver.migrate_volume(None, volume, self.target('b'))[0])
         self.assert_where(volume, a='FENCED', b='HYDRATING')
+
+    def use_remotely(self) -> tuple[Volume, Attachment]:
+        """A volume of node-a's whose guest runs on node-b, which had no room then."""
+        volume = self.cinder.create()
+        self.agent('b').has_pool = False
+        row = self.cinder.attach(volume, 'node-b', 'vm')
+        self.agent('b').open(volume.id)
+        self.agent('b').write(volume.id, 'remotely')
+        self.agent('b').has_pool = True
+        return volume, row
+
+    def test_a_guest_that_uses_its_volume_remotely_migrates(self) -> None:
+        for target in 'ac':
+            with self.subTest(target=target):
+                volume, row = self.use_remotely()
+                self.cinder.create_attachment(volume, 'vm', f'node-{target}')
+                self.agent('b').shut(volume.id)
+                self.cinder.delete_attachment(volume, row)
+                moved = self.agent(target).volumes[volume.id]
+                self.assertEqual('HYDRATING', moved.state)
+                self.assertEqual(['remotely'], moved.data)
+                self.assert_home(volume, target)
+
+    def test_without_room_at_its_user_a_remote_volume_stays_there(self) -> None:
+        volume, _row = self.use_remotely()
+        self.agent('b').capacity = 0
+        with self.refused('NO_ROOM'):
+            self.cinder.create_attachment(volume, 'vm', 'node-c')
+        self.assert_where(volume, a='FENCED', b='REMOTE')
+        self.assertTrue(self.agent('b').write(volume.id, 'still'))
+
+    def test_what_a_remote_volume_cannot_do_has_it_copied_first(self) -> None:
+        def extend(volume: Volume) -> None:
+            self.driver.extend_volume(volume, 2)
+
+        def snapshot(volume: Volume) -> None:
+            self.driver.create_snapshot(Snapshot(volume))
+
+        def clone(volume: Volume) -> None:
+            made = Volume(1, f'{SERVICE}#node-b', 'creating')
+            self.driver.create_cloned_volume(made, volume)
+
+        for act in (extend, snapshot):
+            with self.subTest(act=act.__name__):
+                volume, _row = self.use_remotely()
+                act(volume)
+                self.assert_where(volume, a='FENCED', b='HYDRATING')
+                self.assert_home(volume, 'b')
+        volume, _row = self.use_remotely()
+        with self.refused('VOLUME_MOVING', 'repeat'):
+            clone(volume)
+        self.agent('b').arrive(volume.id)
+        clone(volume)
 
     def test_another_backend_is_left_to_cinder(self) -> None:
         volume = self.cinder.create()

@@ -2,9 +2,9 @@
 
     python -m cinder_dmlocal.tests.whole FOLDER NODE=HOST:PORT…
 
-FOLDER has ca.pem, driver.pem and driver.key, and takes what Cinder writes: whoever starts
-this again with the same folder goes on. A node without an endpoint is declared dead. Each line of
-standard input is an order, {"do": …}, and each has one line of standard output as its
+FOLDER has ca.pem, driver.pem and driver.key, and takes what Cinder writes: who starts this
+again with the same folder goes on. A node without an endpoint is declared dead. Each line
+of standard input is an order, {"do": …}, and each has one line of standard output as its
 answer; the first line says that all is up. SQLite, no message broker, no Keystone.
 """
 
