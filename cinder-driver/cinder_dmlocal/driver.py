@@ -76,7 +76,9 @@ class DmLocalDriver(driver.VolumeDriver):
             raise exception.InvalidConfigurationValue(
                 option='dmlocal_*', value=str(error)
             ) from error
-        self._settings = settings
+        if self._fleet is not None:
+            # Cinder begins again where no node has answered.
+            self._fleet.close()
         self._fleet = Fleet(settings)
         self._volumes = Volumes(self._fleet, settings)
         self._snapshots = Snapshots(self._fleet)

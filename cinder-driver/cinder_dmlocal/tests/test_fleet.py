@@ -47,6 +47,13 @@ class Configuration(DriverTestCase):
             with self.subTest(values), self.assertRaises(exception.InvalidConfigurationValue):
                 driver.do_setup(None)
 
+    def test_a_second_start_leaves_no_channels(self) -> None:
+        first = self.driver.fleet['node-a']
+        self.driver.do_setup(None)
+        self.assertIsNot(first, self.driver.fleet['node-a'])
+        with self.assertRaisesRegex(ValueError, 'closed'):
+            first.look(first.nodes.GetNode, pb.GetNodeRequest())
+
     def test_every_option_says_what_it_is_for(self) -> None:
         [(group, listed)] = options.list_opts()
         self.assertEqual(configuration.SHARED_CONF_GROUP, group)
