@@ -95,6 +95,10 @@ class Statistics(DriverTestCase):
         self.assertEqual(30, pools['node-b']['provisioned_capacity_gb'])
         self.assertFalse(pools['node-b']['multiattach'])
 
+    def test_a_copy_may_be_made_of_what_is_in_another_pool(self) -> None:
+        self.driver.init_capabilities()
+        self.assertTrue(self.driver.capabilities['clone_across_pools'])
+
     def test_a_dead_node_has_no_pool_and_the_others_go_on(self) -> None:
         self.agent('b').is_down = True
         self.assertEqual(['node-a', 'node-c'], self.names())
