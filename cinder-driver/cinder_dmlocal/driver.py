@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import decorator
-from cinder import coordination, exception, interface
+from cinder import coordination, exception, interface, objects
 from cinder.volume import configuration as volume_configuration
 from cinder.volume import driver, volume_utils
 from oslo_config import cfg
@@ -269,7 +269,8 @@ class DmLocalDriver(driver.VolumeDriver):
         """Takes a volume of the agents' over; it keeps its id there."""
         _must_not_be_shared(volume)
         found = manage.volume(self._node(_home(volume)), existing_ref)
-        return {'_name_id': found.id if found.id != volume.id else None}
+        manage.must_be_new(objects.Volume, objects.VolumeList, '_name_id', found.id)
+        return {'_name_id': found.id}
 
     @_told
     def manage_existing_get_size(self, volume: Any, existing_ref: dict[str, Any]) -> int:
@@ -337,6 +338,8 @@ class DmLocalDriver(driver.VolumeDriver):
     def _node(self, name: str) -> Node:
         if name not in self.fleet:
             raise exception.VolumeBackendAPIException(
+        of = taken.snapshot.id
+        manage.must_be_new(objects.Snapshot, objects.SnapshotList, 'provider_id', of)
                 data=f'{name or "the host"} is no node of the fleet (dmlocal_nodes)'
             )
         return self.fleet[name]

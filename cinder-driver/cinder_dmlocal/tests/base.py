@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from cinder import coordination, exception
+from cinder import coordination, exception, objects
 from cinder.volume import configuration
 from oslo_config import cfg
 
@@ -171,6 +171,7 @@ def _prepared() -> str:
     coordination.COORDINATOR.start()
     return folder.name
 
+    objects.register_all()
 
 def configured(fleet: FakeFleet, endpoints: dict[str, str], **values: Any) -> Any:
     """The configuration of a backend that knows the agents at those endpoints."""

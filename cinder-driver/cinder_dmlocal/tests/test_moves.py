@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import uuid
 from typing import Any
+from unittest import mock
 
-from cinder import exception
+from cinder import exception, objects
 
 from cinder_dmlocal.tests.base import SERVICE, DriverTestCase, Snapshot, Volume
 from cinder_dmlocal.tests.fake import Vol
@@ -122,6 +123,30 @@ class TakingOver(DriverTestCase):
         known = self.cinder.create('node-b')
         in_use = Vol(str(uuid.uuid4()), 1 << 30, attached=True)
         self.agent('b').volumes[in_use.id] = in_use
+        # What Cinder has, by their ids and by the ids that agents know them by.
+        self.rows: set[str] = set()
+        for cls, key in ((objects.Volume, '_name_id'), (objects.Snapshot, 'provider_id')):
+            self.patch(cls, 'exists', lambda _, id_: id_ in self.rows)
+            of_all = getattr(objects, f'{cls.__name__}List')
+            self.patch(
+                of_all, 'get_all', lambda _, filters, key=key: self.rows & {filters[key]}
+            )
+
+    def patch(self, where: Any, name: str, by: Any) -> None:
+        patcher = mock.patch.object(where, name, by)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+
+    def test_what_cinder_has_already_is_refused(self) -> None:
+        self.rows = {self.found.id}
+        with self.assertRaises(exception.ManageExistingAlreadyManaged):
+            self.driver.manage_existing(self.volume, self.ref)
+        volume = self.cinder.create()
+        other = Snapshot(volume)
+        self.driver.create_snapshot(other)
+        self.rows = {other.id}
+        with self.assertRaises(exception.ManageExistingAlreadyManaged):
+            self.driver.manage_existing_snapshot(Snapshot(volume), {'source-id': other.id})
         self.agent('c').is_down = True
         entries = self.driver.get_manageable_volumes([known], None, 10, 0, ['size'], ['desc'])
         safe = {e['reference']['source-id']: e['safe_to_manage'] for e in entries}
