@@ -239,8 +239,11 @@ class DmLocalDriver(driver.VolumeDriver):
     @_of_volume
     def retype(
         self, context: Any, volume: Any, new_type: Any, diff: Any, host: dict[str, Any]
-    ) -> bool:
-        """Changes the type; on another node of the fleet, the volume moves there."""
+    ) -> bool | tuple[bool, dict[str, Any]]:
+        """Changes the type; a volume that nobody uses moves where the scheduler wants it.
+
+        One in use stays with its guest, and that is what Cinder is told.
+        """
         if '<is> true' in str((new_type.get('extra_specs') or {}).get('multiattach')).lower():
             raise exception.InvalidVolumeType(reason=_NOT_SHARED)
         if diff.get('encryption') and any(diff['encryption'].values()):
@@ -248,9 +251,13 @@ class DmLocalDriver(driver.VolumeDriver):
         target = self._target(host)
         if target is None:
             return False
-        if target.name != _home(volume):
+        if target.name == _home(volume):
+            return True
+        try:
             return self._migrate(volume, host)
-        return True
+        except errors.InUse as error:
+            LOG.info('Volume %s stays where it is: %s', volume.id, error)
+            return True, {'host': volume.host, 'cluster_name': volume.cluster_name}
 
     def update_migrated_volume(
         self, ctxt: Any, volume: Any, new_volume: Any, original_volume_status: str
@@ -331,6 +338,8 @@ class DmLocalDriver(driver.VolumeDriver):
         entries = manage.snapshots(self.fleet, cinder_snapshots)
         return volume_utils.paginate_entries_list(
             entries, marker, limit, offset, sort_keys, sort_dirs
+        of = taken.snapshot.id
+        manage.must_be_new(objects.Snapshot, objects.SnapshotList, 'provider_id', of)
         )
 
     # Cinder's words and the agents'
@@ -338,8 +347,6 @@ class DmLocalDriver(driver.VolumeDriver):
     def _node(self, name: str) -> Node:
         if name not in self.fleet:
             raise exception.VolumeBackendAPIException(
-        of = taken.snapshot.id
-        manage.must_be_new(objects.Snapshot, objects.SnapshotList, 'provider_id', of)
                 data=f'{name or "the host"} is no node of the fleet (dmlocal_nodes)'
             )
         return self.fleet[name]

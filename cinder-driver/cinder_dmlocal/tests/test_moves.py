@@ -58,6 +58,27 @@ class Moves(DriverTestCase):
         self.assertTrue(self.driver.migrate_volume(None, volume, self.target('b'))[0])
         self.assert_where(volume, a='FENCED', b='HYDRATING')
 
+    def test_retype_of_a_volume_in_use_leaves_it_with_its_guest(self) -> None:
+        volume = self.cinder.create()
+        self.cinder.attach(volume, 'node-a')
+        retyped = self.driver.retype(None, volume, {}, {}, self.target('b'))
+        # Cinder would take the scheduler's choice for the place otherwise.
+        stays = {'host': f'{SERVICE}#node-a', 'cluster_name': None}
+        self.assertEqual((True, stays), retyped)
+        self.assert_where(volume, a='LOCAL')
+
+    def test_retype_of_what_agents_know_nothing_of_needs_nothing(self) -> None:
+        volume = self.cinder.create()
+        target = self.target('a')
+        diff = {
+            'qos_specs': {'consumer': ('front-end', 'front-end'), 'iops': (None, '9')},
+            'extra_specs': {'volume_backend_name': (None, 'dmlocal')},
+            'encryption': {},
+        }
+        self.fleet.order.clear()
+        self.assertTrue(self.driver.retype(None, volume, {}, diff, target))
+        self.assertEqual([], self.fleet.order)
+
     def test_another_backend_is_left_to_cinder(self) -> None:
         volume = self.cinder.create()
         host = {'host': 'other@lvm#pool', 'capabilities': {'location_info': 'LVM:other'}}
@@ -102,27 +123,6 @@ class TakingOver(DriverTestCase):
         self.agent('a').volumes[self.found.id] = self.found
         self.ref = {'source-id': self.found.id}
         self.volume = Volume(0, f'{SERVICE}#node-a')
-
-    def test_a_volume_is_taken_over_and_keeps_its_id_at_the_agents(self) -> None:
-        self.assertEqual(2, self.driver.manage_existing_get_size(self.volume, self.ref))
-        self.volume.update(self.driver.manage_existing(self.volume, self.ref))
-        self.cinder.attach(self.volume, 'node-b')
-        self.assertEqual(
-            {'node-a': 'FENCED', 'node-b': 'HYDRATING'}, self.fleet.where(self.found.id)
-        )
-
-    def test_what_cannot_be_taken_over_is_refused(self) -> None:
-        for ref in ({}, {'source-id': 'x'}, {'source-id': str(uuid.uuid4())}):
-            with self.assertRaises(exception.ManageExistingInvalidReference):
-                self.driver.manage_existing(self.volume, ref)
-        self.found.attached = True
-        with self.assertRaisesRegex(exception.ManageExistingInvalidReference, 'attached'):
-            self.driver.manage_existing(self.volume, self.ref)
-
-    def test_the_list_says_what_is_safe(self) -> None:
-        known = self.cinder.create('node-b')
-        in_use = Vol(str(uuid.uuid4()), 1 << 30, attached=True)
-        self.agent('b').volumes[in_use.id] = in_use
         # What Cinder has, by their ids and by the ids that agents know them by.
         self.rows: set[str] = set()
         for cls, key in ((objects.Volume, '_name_id'), (objects.Snapshot, 'provider_id')):
@@ -147,6 +147,27 @@ class TakingOver(DriverTestCase):
         self.rows = {other.id}
         with self.assertRaises(exception.ManageExistingAlreadyManaged):
             self.driver.manage_existing_snapshot(Snapshot(volume), {'source-id': other.id})
+
+    def test_a_volume_is_taken_over_and_keeps_its_id_at_the_agents(self) -> None:
+        self.assertEqual(2, self.driver.manage_existing_get_size(self.volume, self.ref))
+        self.volume.update(self.driver.manage_existing(self.volume, self.ref))
+        self.cinder.attach(self.volume, 'node-b')
+        self.assertEqual(
+            {'node-a': 'FENCED', 'node-b': 'HYDRATING'}, self.fleet.where(self.found.id)
+        )
+
+    def test_what_cannot_be_taken_over_is_refused(self) -> None:
+        for ref in ({}, {'source-id': 'x'}, {'source-id': str(uuid.uuid4())}):
+            with self.assertRaises(exception.ManageExistingInvalidReference):
+                self.driver.manage_existing(self.volume, ref)
+        self.found.attached = True
+        with self.assertRaisesRegex(exception.ManageExistingInvalidReference, 'attached'):
+            self.driver.manage_existing(self.volume, self.ref)
+
+    def test_the_list_says_what_is_safe(self) -> None:
+        known = self.cinder.create('node-b')
+        in_use = Vol(str(uuid.uuid4()), 1 << 30, attached=True)
+        self.agent('b').volumes[in_use.id] = in_use
         self.agent('c').is_down = True
         entries = self.driver.get_manageable_volumes([known], None, 10, 0, ['size'], ['desc'])
         safe = {e['reference']['source-id']: e['safe_to_manage'] for e in entries}
