@@ -11,6 +11,7 @@ while another host uses the volume: what is exported is the agents' affair.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from cinder.volume import driver, volume_utils
 from oslo_config import cfg
 from oslo_log import log as logging
 
-from cinder_dmlocal import errors, manage, options, stats
+from cinder_dmlocal import errors, manage, messages, options, stats
 from cinder_dmlocal.copies import Known
 from cinder_dmlocal.fleet import Fleet, Node
 from cinder_dmlocal.snapshots import KnownSnapshot, Snapshots
@@ -32,8 +33,7 @@ LOG = logging.getLogger(__name__)
 
 cfg.CONF.register_opts(options.OPTIONS, group=volume_configuration.SHARED_CONF_GROUP)
 
-# Statuses in which whoever attaches a volume is an instance. In every other it is Cinder
-# itself: image copies, host-assisted migration, backups.
+# Statuses in which whoever attaches a volume is an instance.
 _CONSUMED = frozenset({'reserved', 'attaching', 'in-use', 'detaching'})
 
 # Cinder removes locks that begin with a volume's id together with the volume.
@@ -167,14 +167,13 @@ class DmLocalDriver(driver.VolumeDriver):
     ) -> dict[str, Any]:
         """Makes the device exist on the connector's host; repeating gives the same."""
         node = self._node(self._host(connector))
-        _must_be_one_instance(volume)
-        visits = volume.status not in _CONSUMED
-        placed = self._volumes.attach(_known(volume), node, visits=visits)
+        visits = _is_visited(volume)
+        with messages.of_failure(volume, messages.ATTACH, asked=not visits):
+            _must_be_one_instance(volume)
+            placed = self._volumes.attach(_known(volume), node, visits=visits)
         self._follow(volume, placed)
-        return {
-            'driver_volume_type': 'local',
-            'data': {'device_path': placed.device_path},
-        }
+        data = {'device_path': placed.device_path}
+        return {'driver_volume_type': 'local', 'data': data}
 
     @_told
     @_of_volume
@@ -186,11 +185,21 @@ class DmLocalDriver(driver.VolumeDriver):
         Without a connector, from every host that an attachment names.
         """
         known = _known(volume)
-        hosts = dict.fromkeys(known.hosts) if connector is None else [self._host(connector)]
-        for host in hosts:
-            placed = self._volumes.detach(known, host)
-            if placed is not None:
-                self._follow(volume, placed)
+        if connector:
+            hosts = [_named(connector)]
+        else:
+            hosts = list(dict.fromkeys(known.hosts))
+            known = dataclasses.replace(known, hosts=tuple(hosts))
+        with messages.of_failure(volume, messages.DETACH):
+            for host in hosts:
+                self._detach(volume, known, host)
+
+    def _detach(self, volume: Any, known: Known, host: str) -> None:
+        if host not in self.fleet:
+            LOG.warning('Volume %s: %s is no node of the fleet any more.', volume.id, host)
+        placed = self._volumes.detach(known, host)
+        if placed is not None:
+            self._follow(volume, placed)
 
     # Snapshots
 
@@ -329,6 +338,8 @@ class DmLocalDriver(driver.VolumeDriver):
         self,
         cinder_snapshots: Any,
         marker: Any,
+        of = taken.snapshot.id
+        manage.must_be_new(objects.Snapshot, objects.SnapshotList, 'provider_id', of)
         limit: int,
         offset: int,
         sort_keys: list[str],
@@ -338,8 +349,6 @@ class DmLocalDriver(driver.VolumeDriver):
         entries = manage.snapshots(self.fleet, cinder_snapshots)
         return volume_utils.paginate_entries_list(
             entries, marker, limit, offset, sort_keys, sort_dirs
-        of = taken.snapshot.id
-        manage.must_be_new(objects.Snapshot, objects.SnapshotList, 'provider_id', of)
         )
 
     # Cinder's words and the agents'
@@ -352,12 +361,12 @@ class DmLocalDriver(driver.VolumeDriver):
         return self.fleet[name]
 
     def _host(self, connector: dict[str, Any]) -> str:
-        host = connector.get('host')
-        if not host or host not in self.fleet:
+        host = _named(connector)
+        if host not in self.fleet:
             LOG.error('No agent is known on host %s (dmlocal_nodes).', host)
             missing = f'a node of the fleet as its host (dmlocal_nodes), not {host}'
             raise exception.InvalidConnectorException(missing=missing)
-        return str(host)
+        return host
 
     def _target(self, host: dict[str, Any]) -> Node | None:
         """The node that Cinder means, if it is one of this backend's."""
@@ -369,13 +378,13 @@ class DmLocalDriver(driver.VolumeDriver):
 
     def _follow(self, volume: Any, placed: Placed) -> None:
         """Has Cinder's record say where the volume is now."""
-        host = volume_utils.append_host(
-            volume_utils.extract_host(volume.host, 'backend'), placed.home
-        )
-        if host != volume.host and placed.home in self.fleet:
-            LOG.info('Volume %s is on %s now.', volume.id, host)
-            volume.host = host
-            volume.save()
+        if placed.home == _home(volume) or placed.home not in self.fleet:
+            return
+        volume.host = _in_pool(volume.host, placed.home)
+        if volume.cluster_name:
+            volume.cluster_name = _in_pool(volume.cluster_name, placed.home)
+        LOG.info('Volume %s is on %s now.', volume.id, volume.host)
+        volume.save()
 
 
 _NOT_SHARED = 'dmlocal has one node write a volume at a time; it does not support multiattach'
@@ -403,6 +412,28 @@ def _known_snapshot(snapshot: Any) -> KnownSnapshot:
     return KnownSnapshot(
         _snapshot_id(snapshot), snapshot.provider_location or '', _known(snapshot.volume)
     )
+def _in_pool(host: str, name: str) -> str:
+    backend = volume_utils.extract_host(host, 'backend')
+    return str(volume_utils.append_host(backend, name))
+
+
+def _named(connector: dict[str, Any]) -> str:
+    host = connector.get('host')
+    if not host:
+        raise exception.InvalidConnectorException(missing='host')
+    return str(host)
+
+
+def _is_visited(volume: Any) -> bool:
+    """Whether Cinder itself attaches a volume: for an image, a backup, a migration.
+
+    What it copies for itself it may call in use, although no attachment is there.
+    """
+    if volume.status == 'in-use':
+        return not volume.volume_attachment
+    return volume.status not in _CONSUMED
+
+
 
 
 def _must_not_be_shared(volume: Any) -> None:

@@ -150,8 +150,8 @@ class Volumes:
         found = find(self._fleet, known, node.name)
         owner = found.must_have_owner()
         here = found.copies.get(node.name)
-        if owner.node is node:
-            # What it was offered to another node for is over, or its own affair.
+        if owner.node is node and (owner.volume.attached or not owner.is_offered):
+            # If it is offered, its guest is about to leave; until then it has it.
             return self._open(owner)
         if here is not None and owner.is_promised(here):
             return self._open(here)
@@ -373,7 +373,7 @@ class Volumes:
         """Ends an offer that nobody makes use of, and gives the volume as it is then.
 
         Raises errors.InUse if the destination has it open, and errors.Unreachable if
-        Cinder has an attachment on a destination that does not answer.
+        Cinder has an attachment on a destination that does not answer or is not known.
         """
         for copy in found.copies.values():
             is_stray = copy.is_held and copy is not owner and not owner.is_promised(copy)
@@ -388,15 +388,22 @@ class Volumes:
             self._close(held)
             self._give_up(held, owner)
         else:
-            error = found.failed.get(peer)
-            is_needed = peer in found.known.hosts and not self._fleet[peer].is_dead
-            if isinstance(error, errors.Unreachable) and is_needed:
-                raise error
-            self._revoke(owner.node, owner.volume.id, owner.volume.grant_id)
+            self._must_have_answered(found, peer)
+            handover.revoke(owner.node, owner.volume.id, owner.volume.grant_id)
         return find(self._fleet, found.known, owner.node.name).must_have_owner()
 
     def _give_up(self, held: Copy, source: Copy | None) -> None:
         """Aborts a move at its destination, which nobody has open.
+
+    def _must_have_answered(self, found: Found, peer: str) -> None:
+        """Whom an attachment names, and nobody declares dead, may have a guest."""
+        if peer not in found.known.hosts:
+            return
+        if peer not in self._fleet:
+            raise errors.Unreachable(peer, 'it is no node of the fleet (dmlocal_nodes)')
+        error = found.failed.get(peer)
+        if isinstance(error, errors.Unreachable) and not self._fleet[peer].is_dead:
+            raise error
 
         If writes wait there they were never acknowledged. The source is told first then,
         so that it cannot be fenced any more.

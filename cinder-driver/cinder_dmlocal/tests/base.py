@@ -51,9 +51,13 @@ class Volume:
     id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
     multiattach: bool = False
     volume_attachment: list[Attachment] = dataclasses.field(default_factory=list)
+    cluster_name: str | None = None
+    snapshot_id: str | None = None
+    source_volid: str | None = None
     provider_location: str | None = None
     _name_id: str | None = None
     saved: int = 0
+    _context: Any = None
 
     @property
     def name_id(self) -> str:
@@ -167,11 +171,11 @@ def _prepared() -> str:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     cfg.CONF([], project='cinder', default_config_files=[])
+    objects.register_all()
     cfg.CONF.set_override('backend_url', f'file://{folder.name}', group='coordination')
     coordination.COORDINATOR.start()
     return folder.name
 
-    objects.register_all()
 
 def configured(fleet: FakeFleet, endpoints: dict[str, str], **values: Any) -> Any:
     """The configuration of a backend that knows the agents at those endpoints."""
