@@ -114,30 +114,46 @@ class DmLocalDriver(driver.VolumeDriver):
     @_told
     @_of_volume
     def create_volume_from_snapshot(self, volume: Any, snapshot: Any) -> None:
-        """Makes a volume of a snapshot; on another node it is copied in the background."""
+        """Makes a volume of a snapshot, where that is."""
         _must_not_be_shared(volume)
-        at = self._snapshots.find(_known_snapshot(snapshot)).node
-        origin = pb.Origin(snapshot_id=_snapshot_id(snapshot))
-        self._volumes.create_of(
-            volume.name_id, volume.size, origin, at, self._node(_home(volume))
-        )
+        with messages.of_failure(volume, messages.CREATE, asked=bool(volume.snapshot_id)):
+            at = self._snapshots.find(_known_snapshot(snapshot)).node
+            self._make_of(volume, pb.Origin(snapshot_id=_snapshot_id(snapshot)), at)
 
     @_told
     @_of_volume
     def create_cloned_volume(self, volume: Any, src_vref: Any) -> None:
-        """Makes a volume of another as it is now, used or not."""
+        """Makes a volume of another as it is now, used or not, where that is."""
         _must_not_be_shared(volume)
-        at = self._volumes.find(_known(src_vref)).node
-        origin = pb.Origin(volume_id=src_vref.name_id)
-        self._volumes.create_of(
-            volume.name_id, volume.size, origin, at, self._node(_home(volume))
-        )
+        with messages.of_failure(volume, messages.CREATE, asked=bool(volume.source_volid)):
+            at = self._volumes.find(_known(src_vref)).node
+            self._make_of(volume, pb.Origin(volume_id=src_vref.name_id), at)
+
+    def _make_of(self, volume: Any, origin: pb.Origin, at: Node) -> None:
+        """Makes a volume on the node that has its origin, and copies nothing.
+
+        If that has no room, or has begun to hand it over, it is received where the
+        scheduler wants it. Its record says where it is before it is there, so that it is
+        found whatever happens.
+        """
+        chosen = self._node(_home(volume))
+        self._follow(volume, Placed(at.name))
+        try:
+            return self._volumes.create_of(volume.name_id, volume.size, origin, at)
+        except errors.Refused as refusal:
+            if refusal.reason not in {'NO_ROOM', 'VOLUME_EXISTS'} or at is chosen:
+                raise
+            LOG.info('Volume %s: %s', volume.id, refusal.msg)
+        self._follow(volume, Placed(chosen.name))
+        self._volumes.receive_of(volume.name_id, volume.size, origin, at, chosen)
+        return None
 
     @_told
     @_of_volume
     def delete_volume(self, volume: Any) -> None:
-        """Deletes a volume, wherever it is."""
-        self._volumes.delete(_known(volume))
+        """Deletes a volume, wherever it is; one in use stays available."""
+        with errors.busy(exception.VolumeIsBusy):
+            self._volumes.delete(_known(volume))
 
     @_told
     @_of_volume
@@ -214,7 +230,8 @@ class DmLocalDriver(driver.VolumeDriver):
     @_of_snapshot
     def delete_snapshot(self, snapshot: Any) -> None:
         """Deletes a snapshot, as soon as nothing is copied from it."""
-        self._snapshots.delete(_known_snapshot(snapshot))
+        with errors.busy(exception.SnapshotIsBusy):
+            self._snapshots.delete(_known_snapshot(snapshot))
 
     @_told
     @_of_volume
@@ -224,7 +241,8 @@ class DmLocalDriver(driver.VolumeDriver):
         Where it has left the snapshot's node, NotImplementedError has Cinder copy the
         snapshot's content instead.
         """
-        if not self._snapshots.revert(_known_snapshot(snapshot)):
+        taken = self._snapshots.find(_known_snapshot(snapshot))
+        if not self._volumes.revert(_known(volume), taken.snapshot.id, taken.node):
             raise NotImplementedError()
 
     # Moving
@@ -320,6 +338,8 @@ class DmLocalDriver(driver.VolumeDriver):
     ) -> dict[str, Any]:
         """Takes a snapshot of the agents' over; it keeps its id there."""
         taken = manage.snapshot(self._snapshots, _known(snapshot.volume), existing_ref)
+        of = taken.snapshot.id
+        manage.must_be_new(objects.Snapshot, objects.SnapshotList, 'provider_id', of)
         return {'provider_id': taken.snapshot.id, 'provider_location': taken.node.name}
 
     @_told
@@ -338,8 +358,6 @@ class DmLocalDriver(driver.VolumeDriver):
         self,
         cinder_snapshots: Any,
         marker: Any,
-        of = taken.snapshot.id
-        manage.must_be_new(objects.Snapshot, objects.SnapshotList, 'provider_id', of)
         limit: int,
         offset: int,
         sort_keys: list[str],
@@ -394,24 +412,6 @@ def _home(volume: Any) -> str:
     return volume_utils.extract_host(volume.host, 'pool') or ''
 
 
-def _known(volume: Any) -> Known:
-    hosts = (_host_of(attachment) for attachment in volume.volume_attachment)
-    return Known(volume.name_id, _home(volume), tuple(host for host in hosts if host))
-
-
-def _host_of(attachment: Any) -> str:
-    """The host of an attachment; empty for one that is only reserved."""
-    return attachment.attached_host or (attachment.connector or {}).get('host') or ''
-
-
-def _snapshot_id(snapshot: Any) -> str:
-    return str(snapshot.provider_id or snapshot.id)
-
-
-def _known_snapshot(snapshot: Any) -> KnownSnapshot:
-    return KnownSnapshot(
-        _snapshot_id(snapshot), snapshot.provider_location or '', _known(snapshot.volume)
-    )
 def _in_pool(host: str, name: str) -> str:
     backend = volume_utils.extract_host(host, 'backend')
     return str(volume_utils.append_host(backend, name))
@@ -434,6 +434,24 @@ def _is_visited(volume: Any) -> bool:
     return volume.status not in _CONSUMED
 
 
+def _known(volume: Any) -> Known:
+    hosts = (_host_of(attachment) for attachment in volume.volume_attachment)
+    return Known(volume.name_id, _home(volume), tuple(host for host in hosts if host))
+
+
+def _host_of(attachment: Any) -> str:
+    """The host of an attachment; empty for one that is only reserved."""
+    return attachment.attached_host or (attachment.connector or {}).get('host') or ''
+
+
+def _snapshot_id(snapshot: Any) -> str:
+    return str(snapshot.provider_id or snapshot.id)
+
+
+def _known_snapshot(snapshot: Any) -> KnownSnapshot:
+    return KnownSnapshot(
+        _snapshot_id(snapshot), snapshot.provider_location or '', _known(snapshot.volume)
+    )
 
 
 def _must_not_be_shared(volume: Any) -> None:
