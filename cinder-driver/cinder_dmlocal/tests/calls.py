@@ -158,6 +158,8 @@ class Calls:
                 there = Vol(request.id, size, data=data, made_of=request.source)
             elif there.made_of != request.source:
                 raise Refusal('VOLUME_EXISTS', 'ALREADY_EXISTS', field='source')
+            elif there.passing:
+                raise Refusal('VOLUME_EXISTS', 'ALREADY_EXISTS', field='state')
         elif there is None:
             self._need(request.size_bytes)
             there = Vol(request.id, request.size_bytes)

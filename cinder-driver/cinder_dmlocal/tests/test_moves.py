@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import uuid
 from typing import Any
+from unittest import mock
 
-from cinder import exception
+from cinder import exception, objects
 
 from cinder_dmlocal.tests.base import SERVICE, Attachment, DriverTestCase, Snapshot, Volume
 from cinder_dmlocal.tests.fake import Vol
@@ -110,6 +111,27 @@ class Moves(DriverTestCase):
         self.agent('b').arrive(volume.id)
         clone(volume)
 
+    def test_retype_of_a_volume_in_use_leaves_it_with_its_guest(self) -> None:
+        volume = self.cinder.create()
+        self.cinder.attach(volume, 'node-a')
+        retyped = self.driver.retype(None, volume, {}, {}, self.target('b'))
+        # Cinder would take the scheduler's choice for the place otherwise.
+        stays = {'host': f'{SERVICE}#node-a', 'cluster_name': None}
+        self.assertEqual((True, stays), retyped)
+        self.assert_where(volume, a='LOCAL')
+
+    def test_retype_of_what_agents_know_nothing_of_needs_nothing(self) -> None:
+        volume = self.cinder.create()
+        target = self.target('a')
+        diff = {
+            'qos_specs': {'consumer': ('front-end', 'front-end'), 'iops': (None, '9')},
+            'extra_specs': {'volume_backend_name': (None, 'dmlocal')},
+            'encryption': {},
+        }
+        self.fleet.order.clear()
+        self.assertTrue(self.driver.retype(None, volume, {}, diff, target))
+        self.assertEqual([], self.fleet.order)
+
     def test_another_backend_is_left_to_cinder(self) -> None:
         volume = self.cinder.create()
         host = {'host': 'other@lvm#pool', 'capabilities': {'location_info': 'LVM:other'}}
@@ -154,6 +176,30 @@ class TakingOver(DriverTestCase):
         self.agent('a').volumes[self.found.id] = self.found
         self.ref = {'source-id': self.found.id}
         self.volume = Volume(0, f'{SERVICE}#node-a')
+        # What Cinder has, by their ids and by the ids that agents know them by.
+        self.rows: set[str] = set()
+        for cls, key in ((objects.Volume, '_name_id'), (objects.Snapshot, 'provider_id')):
+            self.patch(cls, 'exists', lambda _, id_: id_ in self.rows)
+            of_all = getattr(objects, f'{cls.__name__}List')
+            self.patch(
+                of_all, 'get_all', lambda _, filters, key=key: self.rows & {filters[key]}
+            )
+
+    def patch(self, where: Any, name: str, by: Any) -> None:
+        patcher = mock.patch.object(where, name, by)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+
+    def test_what_cinder_has_already_is_refused(self) -> None:
+        self.rows = {self.found.id}
+        with self.assertRaises(exception.ManageExistingAlreadyManaged):
+            self.driver.manage_existing(self.volume, self.ref)
+        volume = self.cinder.create()
+        other = Snapshot(volume)
+        self.driver.create_snapshot(other)
+        self.rows = {other.id}
+        with self.assertRaises(exception.ManageExistingAlreadyManaged):
+            self.driver.manage_existing_snapshot(Snapshot(volume), {'source-id': other.id})
 
     def test_a_volume_is_taken_over_and_keeps_its_id_at_the_agents(self) -> None:
         self.assertEqual(2, self.driver.manage_existing_get_size(self.volume, self.ref))
