@@ -37,6 +37,7 @@ def of(driver: DmLocalDriver) -> dict[str, Any]:
         'vendor_name': 'dmlocal',
         'driver_version': driver.VERSION,
         'storage_protocol': 'local',
+        'clone_across_pools': True,
         'pools': [_pool(driver, name, pool) for name, pool in sorted(pools.given.items())],
     }
 

@@ -88,6 +88,10 @@ class Statistics(DriverTestCase):
         self.assertEqual(30, pools['node-b']['provisioned_capacity_gb'])
         self.assertFalse(pools['node-b']['multiattach'])
 
+    def test_clones_may_be_made_on_any_node(self) -> None:
+        # So that Cinder finds a volume of the image cache on whichever node it is.
+        self.assertTrue(self.driver.get_volume_stats(refresh=True)['clone_across_pools'])
+
     def test_a_dead_node_has_no_pool_and_the_others_go_on(self) -> None:
         self.agent('b').is_down = True
         self.assertEqual(['node-a', 'node-c'], self.names())
