@@ -65,7 +65,9 @@ class Identity:
         us = ('--keystone-user', 'root', '--keystone-group', 'root')
         self._manage('fernet_setup', *us)
         self._manage('credential_setup', *us)
-        urls = [f'--bootstrap-{kind}-url={self.url}' for kind in ('public', 'internal', 'admin')]
+        urls = [
+            f'--bootstrap-{kind}-url={self.url}' for kind in ('public', 'internal', 'admin')
+        ]
         password = f'--bootstrap-password={PASSWORD}'
         self._manage('bootstrap', password, f'--bootstrap-region-id={REGION}', *urls)
 

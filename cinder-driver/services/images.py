@@ -108,6 +108,11 @@ class Images:
                 file.write(piece)
         return path
 
+    def change(self, image: str, patch: list[dict[str, Any]]) -> None:
+        """Changes what is said of an image."""
+        kind = {'Content-Type': 'application/openstack-images-v2.1-json-patch'}
+        self.client.call('PATCH', f'/images/{image}', patch, headers=kind)
+
     def delete(self, image: str) -> None:
         """The end of an image."""
         self.client.call('DELETE', f'/images/{image}')
