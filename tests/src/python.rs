@@ -18,10 +18,18 @@ const PYTHON: &str = "/usr/bin/python3";
 
 /// Python in the driver's folder, in which the agents' interface has been generated.
 pub fn in_driver() -> Result<Command> {
-    let environment = environment()?;
-    host::output(python(&environment).args(["setup.py", "generate"]))
+    ready(&environment("python", &["requirements.txt"])?)
+}
+
+/// The same, beside the services that the driver's tests start.
+pub fn in_services() -> Result<Command> {
+    ready(&environment("services", &["services/requirements.txt", "requirements.txt"])?)
+}
+
+fn ready(environment: &Path) -> Result<Command> {
+    host::output(python(environment).args(["setup.py", "generate"]))
         .context("generating the agents' interface")?;
-    Ok(python(&environment))
+    Ok(python(environment))
 }
 
 fn python(environment: &Path) -> Command {
@@ -34,14 +42,18 @@ fn folder() -> PathBuf {
     host::repository().join("cinder-driver")
 }
 
-fn environment() -> Result<PathBuf> {
-    let pins = folder().join("requirements.txt");
-    let text = fs::read_to_string(&pins).with_context(|| format!("reading {}", pins.display()))?;
+/// An environment with the packages that the first of the files pins; it refers to the others.
+fn environment(kind: &str, files: &[&str]) -> Result<PathBuf> {
+    let pins = files.iter().map(|file| {
+        let path = folder().join(file);
+        fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+    });
+    let pins: String = pins.collect::<Result<_>>()?;
     let version = host::output(&mut host::command(&[PYTHON, "-VV"]))?;
-    artefact("python", &[&text, &version], |at| {
+    artefact(kind, &[&pins, &version], |at| {
         host::output(Command::new(PYTHON).args(["-m", "venv"]).arg(at))?;
         let mut install = python(at);
-        install.args(["-m", "pip", "install", "--quiet", "--no-input", "--requirement"]).arg(&pins);
+        install.args(["-m", "pip", "install", "--quiet", "--no-input", "--requirement", files[0]]);
         host::logged(&mut install, &at.join("pip.log"))
     })
 }

@@ -21,16 +21,12 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import eventlet
 import os_brick
 import requests
-import webob.dec
 from cinder import objects, rpc, service, version
-from cinder.api.middleware import auth
-from cinder.api.openstack import wsgi
 from cinder.cmd import volume as cmd_volume
 from cinder.common import (
     config,  # noqa: F401 - registers the options
@@ -41,33 +37,16 @@ from eventlet import tpool
 from oslo_config import cfg
 from oslo_log import log as logging
 
+from cinder_dmlocal.tests import trusting
+
 PORT = 18779
 SOON = 60.0
-
-
-class Trusting(auth.NoAuthMiddlewareBase):
-    """Everybody is an administrator, and as good as Nova's service."""
-
-    @classmethod
-    def factory(cls, global_config: Any, **local: Any) -> Callable[[Any], Any]:
-        return cls
-
-    @webob.dec.wsgify(RequestClass=wsgi.Request)
-    def __call__(self, request: Any) -> Any:
-        application = self.base_call(request)
-        context = request.environ.get('cinder.context')
-        if context is not None:
-            context.service_roles = ['service']
-        return application
 
 
 def configuration(folder: pathlib.Path, nodes: dict[str, str]) -> str:
     """Text of cinder.conf."""
     etc = pathlib.Path(sys.prefix) / 'etc' / 'cinder'
-    paste = (etc / 'api-paste.ini').read_text()
-    ours = f'{__name__}:Trusting.factory'.replace('__main__', 'cinder_dmlocal.tests.whole')
-    paste = paste.replace('cinder.api.middleware.auth:NoAuthMiddleware.factory', ours)
-    (folder / 'api-paste.ini').write_text(paste)
+    (folder / 'api-paste.ini').write_text(trusting.paste())
     endpoints = ', '.join(f'{name}:{endpoint}' for name, endpoint in nodes.items() if endpoint)
     return f"""[DEFAULT]
 log_file = {folder}/cinder.log
