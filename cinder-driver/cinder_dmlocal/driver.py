@@ -186,7 +186,8 @@ class DmLocalDriver(driver.VolumeDriver):
         visits = _is_visited(volume)
         with messages.of_failure(volume, messages.ATTACH, asked=not visits):
             _must_be_one_instance(volume)
-            placed = self._volumes.attach(_known(volume), node, visits=visits)
+            stays = visits or self._is_sent(volume)
+            placed = self._volumes.attach(_known(volume), node, visits=stays)
         self._follow(volume, placed)
         data = {'device_path': placed.device_path}
         return {'driver_volume_type': 'local', 'data': data}
@@ -395,6 +396,17 @@ class DmLocalDriver(driver.VolumeDriver):
             return None
         return self.fleet[name]
 
+    def _is_sent(self, volume: Any) -> bool:
+        """Whether an operator wants a volume in use to be on another node than its guest.
+
+        Cinder has Nova copy it to a new volume there then, and that one stays.
+        """
+        status, _, origin_id = (volume.migration_status or '').partition(':')
+        if status != 'target':
+            return False
+        origin = objects.Volume.get_by_id(volume._context, origin_id)
+        return _home(origin) in self.fleet and _section(origin) == _section(volume)
+
     def _follow(self, volume: Any, placed: Placed) -> None:
         """Has Cinder's record say where the volume is now."""
         if placed.home == _home(volume) or placed.home not in self.fleet:
@@ -411,6 +423,11 @@ _NOT_SHARED = 'dmlocal has one node write a volume at a time; it does not suppor
 
 def _home(volume: Any) -> str:
     return volume_utils.extract_host(volume.host, 'pool') or ''
+
+
+def _section(volume: Any) -> str:
+    """The backend's name in cinder.conf, which all services of a cluster share."""
+    return str(volume_utils.extract_host(volume.host, 'backend')).partition('@')[2]
 
 
 def _in_pool(host: str, name: str) -> str:

@@ -56,6 +56,7 @@ class Volume:
     source_volid: str | None = None
     volume_attachment: list[Attachment] = dataclasses.field(default_factory=list)
     provider_location: str | None = None
+    migration_status: str | None = None
     _name_id: str | None = None
     _context: Any = None
     saved: int = 0

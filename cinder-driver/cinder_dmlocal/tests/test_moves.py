@@ -41,6 +41,25 @@ class Moves(DriverTestCase):
         self.driver.migrate_volume(None, volume, self.target('b'))
         self.assertFalse(self.agent('b').volumes[volume.id].attached)
 
+    def swap(self, origin_host: str) -> Volume:
+        """What Cinder has Nova copy a volume in use to, for an operator who chose node b."""
+        origin = Volume(1, origin_host, 'in-use')
+        self.enterContext(mock.patch.object(objects.Volume, 'get_by_id', lambda *_: origin))
+        made = self.cinder.create('node-b')
+        made.migration_status = f'target:{origin.id}'
+        self.cinder.attach(made, 'node-a', 'vm')
+        return made
+
+    def test_a_guest_goes_on_with_its_volume_on_the_node_that_was_chosen(self) -> None:
+        made = self.swap(f'{SERVICE}#node-a')
+        self.assert_where(made, a='REMOTE', b='FENCED')
+        self.assert_home(made, 'b')
+
+    def test_what_comes_from_another_backend_is_where_its_guest_is(self) -> None:
+        made = self.swap('fleet@lvm#node-a')
+        self.assert_where(made, a='HYDRATING', b='FENCED')
+        self.assert_home(made, 'a')
+
     def test_a_volume_in_use_moves_only_with_its_guest(self) -> None:
         volume = self.cinder.create()
         self.cinder.attach(volume, 'node-a')
