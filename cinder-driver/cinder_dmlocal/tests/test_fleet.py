@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent import futures
 from typing import Any
+from unittest import mock
 
 import grpc
 from cinder import exception
@@ -117,6 +118,41 @@ class Statistics(DriverTestCase):
     def test_a_node_without_a_pool_has_none_here(self) -> None:
         self.agent('c').has_pool = False
         self.assertEqual(['node-a', 'node-b'], self.names())
+
+    def test_what_is_known_of_the_fleet_grows_old(self) -> None:
+        clock = mock.patch.object(fleet.time, 'monotonic', return_value=time.monotonic())
+        now = clock.start()
+        self.addCleanup(clock.stop)
+        self.assertEqual(['node-a', 'node-b', 'node-c'], self.names())
+        self.fleet.order.clear()
+        self.assertTrue(self.driver.initialized)
+        self.assertEqual([], self.fleet.order)
+        # The statistics have not been asked for since.
+        for letter in 'abc':
+            self.agent(letter).is_down = True
+        now.return_value += 60
+        self.assertFalse(self.driver.initialized)
+        self.agent('c').is_down = False
+        self.assertFalse(self.driver.initialized)
+        now.return_value += 60
+        self.assertTrue(self.driver.initialized)
+
+    def test_one_of_many_that_answers_is_enough(self) -> None:
+        clock = mock.patch.object(fleet.time, 'monotonic', return_value=time.monotonic())
+        now = clock.start()
+        self.addCleanup(clock.stop)
+        self.names()
+        few = mock.patch.object(fleet, '_FEW', 1)
+        few.start()
+        self.addCleanup(few.stop)
+        first = self.driver.fleet._answering[0]
+        self.fleet.order.clear()
+        now.return_value += 60
+        self.assertTrue(self.driver.initialized)
+        self.assertEqual([f'{first} Nodes.GetNode'], self.fleet.order)
+        self.fleet.agents[first].is_down = True
+        now.return_value += 60
+        self.assertTrue(self.driver.initialized)
 
     def test_the_service_is_up_while_any_node_answers(self) -> None:
         self.driver = self.make_driver(dmlocal_look_timeout=0.2)
