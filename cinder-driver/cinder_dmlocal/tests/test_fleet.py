@@ -15,6 +15,7 @@ from unittest import mock
 import grpc
 from cinder import exception
 from cinder.volume import configuration
+from oslo_config import cfg
 
 from cinder_dmlocal import errors, fleet, options
 from cinder_dmlocal.driver import DmLocalDriver
@@ -176,12 +177,29 @@ class Deadlines(DriverTestCase):
             driver = self.make_driver(dmlocal_endpoints=endpoints, dmlocal_look_timeout=0.3)
             volume = self.cinder.create()
             volume.host = f'{SERVICE}#node-b'
-            began = time.monotonic()
             with self.refused('node-b', 'does not answer'):
                 driver.extend_volume(volume, 2)
-            self.assertLess(time.monotonic() - began, 1.5)
 
-    def test_five_hundred_nodes_are_asked_within_seconds(self) -> None:
+    def test_every_call_has_the_deadline_of_its_kind(self) -> None:
+        driver = self.make_driver(dmlocal_look_timeout=3, dmlocal_call_timeout=30)
+        node, given = driver.fleet['node-a'], []
+
+        def method(request: Any, timeout: float) -> None:
+            given.append(timeout)
+
+        node.look(method, None)
+        node.call(method, None)
+        driver.fleet.ask(lambda node: method, None)
+        self.assertEqual([3, 30, 3, 3, 3], given)
+
+    def test_five_hundred_silent_nodes_fit_between_two_statistics(self) -> None:
+        defaults = {option.name: option.default for option in options.OPTIONS}
+        cfg.CONF.import_opt('backend_stats_polling_interval', 'cinder.volume.manager')
+        interval = cfg.CONF.backend_stats_polling_interval
+        rounds = -(-500 // defaults['dmlocal_at_once'])
+        self.assertLess(rounds * defaults['dmlocal_look_timeout'], interval)
+
+    def test_five_hundred_nodes_are_asked(self) -> None:
         names = [f'hv-{number:03}' for number in range(500)]
         server, endpoint = self.crowd(names)
         endpoints = dict.fromkeys(names, endpoint)
@@ -194,12 +212,9 @@ class Deadlines(DriverTestCase):
                 dmlocal_endpoints=endpoints,
                 dmlocal_look_timeout=2,
             )
-            began = time.monotonic()
             stats = driver.get_volume_stats(refresh=True)
-            took = time.monotonic() - began
         server.stop(None)
         self.assertEqual(490, len(stats['pools']))
-        self.assertLess(took, 30)
 
     def crowd(self, names: list[str]) -> tuple[Any, str]:
         """One server that is many nodes."""
@@ -239,6 +254,7 @@ class Native(DriverTestCase):
         self.assertEqual((0, '160\n'), (done.returncode, done.stdout), done.stderr)
 
     def test_questions_to_many_are_asked_at_the_same_time(self) -> None:
+        # Nobody is answered before all have been asked.
         meeting = threading.Barrier(3, timeout=10)
 
         def method(node: fleet.Node) -> Any:
