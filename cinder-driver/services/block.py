@@ -102,6 +102,7 @@ class Cinder:
                 'report_interval': 1,
                 'service_down_time': 10,
                 'periodic_interval': 2,
+                'periodic_fuzzy_delay': 1,
                 'backend_stats_polling_interval': 3,
                 'rpc_response_timeout': 120,
                 'quota_volumes': -1,
