@@ -155,6 +155,12 @@ class Cinder:
         argv = program('cinder.cmd.volume', '--config-file', conf)
         self.processes.start(f'cinder-volume-{name}', argv)
 
+    def restart_volume(self, more: Sections | None = None) -> None:
+        """Kills cinder-volume, and starts it with something else or more configured."""
+        self.processes.kill('cinder-volume')
+        write(self.conf, self._sections, self._backends, more or {})
+        self.start('volume')
+
     def wait(self, *pools: str) -> None:
         """Waits until the scheduler knows these pools."""
         self.processes.wait_for_port(self.port, 'cinder-api')

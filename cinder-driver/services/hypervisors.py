@@ -192,6 +192,8 @@ class Hypervisors:
 
     def _unplug(self, event: dict[str, Any]) -> None:
         guest = self._guest(event)
+        if (guest.host, guest.instance) in self._clinging:
+            return
         self._shut(guest, [one for one in event['devices'] if one in guest.devices])
 
     def _swap(self, event: dict[str, Any]) -> None:

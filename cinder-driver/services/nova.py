@@ -25,7 +25,12 @@ class Nova:
     """Nova's services, with what their configurations say."""
 
     def __init__(
-        self, processes: Processes, infra: Infra, cinder: Cinder, hypervisors: Hypervisors
+        self,
+        processes: Processes,
+        infra: Infra,
+        cinder: Cinder,
+        hypervisors: Hypervisors,
+        port: int,
     ) -> None:
         self.processes = processes
         self.folder = processes.folder / 'nova'
@@ -33,7 +38,8 @@ class Nova:
         (self.folder / 'locks').mkdir()
         self._infra = infra
         self._hypervisors = hypervisors
-        self.port, self._placement, self._networks = free_ports(3)
+        self.port = port
+        self._placement, self._networks = free_ports(2)
         self.client = Compute(f'http://127.0.0.1:{self.port}/v2.1', processes)
         self._sections = self._own(infra, cinder)
         self._write_paste()
