@@ -120,6 +120,12 @@ class Answers:
     given: Mapping[str, Any]
     failed: Mapping[str, errors.AgentError]
 
+    @property
+    def any_came(self) -> bool:
+        """Whether any node has answered, and be it by refusing."""
+        refused = (not isinstance(e, errors.Unreachable) for e in self.failed.values())
+        return bool(self.given) or any(refused)
+
 
 class Fleet:
     """All nodes that the configuration names."""
@@ -165,7 +171,7 @@ class Fleet:
         nodes = [self._nodes[name] for name in (self.names if names is None else names)]
         answers = natively(lambda: self._ask(nodes, method, request))
         if names is None:
-            self._is_reachable, self._asked = bool(answers.given), time.monotonic()
+            self._is_reachable, self._asked = answers.any_came, time.monotonic()
         return answers
 
     def _ask(
@@ -220,7 +226,7 @@ class Fleet:
         """
         if self._is_reachable or time.monotonic() - self._asked < self._settings.look_timeout:
             return self._is_reachable
-        return bool(self.ask(lambda node: node.nodes.GetNode, pb.GetNodeRequest()).given)
+        return self.ask(lambda node: node.nodes.GetNode, pb.GetNodeRequest()).any_came
 
     def close(self) -> None:
         """Ends all channels."""

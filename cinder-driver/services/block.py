@@ -6,7 +6,6 @@ sections and paste file are given by whoever starts it.
 
 from __future__ import annotations
 
-import configparser
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -74,7 +73,7 @@ class Cinder:
         [self.port] = free_ports(1)
         self.url = f'http://127.0.0.1:{self.port}/v3'
         self.client = Client(self.url, self.processes)
-        _make_sudo(processes.folder / 'bin')
+        _make_root(processes.folder / 'bin')
         (self.folder / 'api-paste.ini').write_text(paste or trusting.paste())
         self._backends = backends
         self._sections = merged(self._own(infra, list(backends)), more or {})
@@ -87,7 +86,6 @@ class Cinder:
                 'debug': 'true',
                 'state_path': self.folder,
                 'api_paste_config': self.folder / 'api-paste.ini',
-                'rootwrap_config': self._rootwrap(),
                 'resource_query_filters_file': _ETC / 'resource_filters.json',
                 'auth_strategy': 'noauth',
                 'osapi_volume_listen': '127.0.0.1',
@@ -120,19 +118,6 @@ class Cinder:
                 'fixed_key': '0' * 64,
             },
         }
-
-    def _rootwrap(self) -> pathlib.Path:
-        """Cinder's rootwrap.conf, with this environment's filters and programs."""
-        text = (_ETC / 'rootwrap.conf').read_text()
-        conf = configparser.RawConfigParser()
-        conf.read_string(text)
-        conf['DEFAULT']['filters_path'] = str(_ETC / 'rootwrap.d')
-        where = [f'{sys.prefix}/bin', *conf['DEFAULT']['exec_dirs'].split(',')]
-        conf['DEFAULT']['exec_dirs'] = ','.join(where)
-        path = self.folder / 'rootwrap.conf'
-        with open(path, 'w') as file:
-            conf.write(file)
-        return path
 
     def sync(self) -> None:
         """Makes the database."""
@@ -170,9 +155,15 @@ class Cinder:
         )
 
 
-def _make_sudo(folder: pathlib.Path) -> None:
-    """Stands in for sudo, which root does not need and may not have."""
+def _make_root(folder: pathlib.Path) -> None:
+    """Stands in for sudo, which root does not need, and for what it would be asked to run.
+
+    Cinder says `sudo cinder-rootwrap CONF COMMAND…`. What rootwrap allows is Cinder's
+    affair, and its script knows only where this environment was made.
+    """
     folder.mkdir(exist_ok=True)
-    path = folder / 'sudo'
-    path.write_text('#!/bin/sh\nexec "$@"\n')
-    path.chmod(0o755)
+    helper = f'exec {sys.executable} -c "from oslo_privsep import daemon; daemon.helper_main()"'
+    for name, command in (('sudo', 'shift 2; exec "$@"'), ('privsep-helper', f'{helper} "$@"')):
+        path = folder / name
+        path.write_text(f'#!/bin/sh\n{command}\n')
+        path.chmod(0o755)

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from cinder_dmlocal.tests.fake import FakeFleet
 from services.check_base import keep_certificates, processes_below
-from services.cloud import Cloud
+from services.flows import Cloud
 from services.processes import Processes
 
 NODES = ['node-a', 'node-b']

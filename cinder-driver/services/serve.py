@@ -17,7 +17,13 @@ def main() -> None:
     module = importlib.import_module(name)
     import waitress  # noqa: PLC0415 - after what may have to patch the process
 
-    waitress.serve(module.application, host='127.0.0.1', port=port, threads=8)
+    waitress.serve(
+        module.application,
+        host='127.0.0.1',
+        port=port,
+        threads=8,
+        max_request_body_size=1 << 40,
+    )
 
 
 if __name__ == '__main__':

@@ -16,6 +16,12 @@ use crate::image::artefact;
 /// Debian's Python. One that somebody has put before it in PATH may lack `venv`.
 const PYTHON: &str = "/usr/bin/python3";
 
+/// Makes the environment of the driver's tests, unless it is there. Meant to run while the
+/// project is built.
+pub fn prepare() -> Result<()> {
+    environment("python", &["requirements.txt"]).map(drop)
+}
+
 /// Python in the driver's folder, in which the agents' interface has been generated.
 pub fn in_driver() -> Result<Command> {
     ready(&environment("python", &["requirements.txt"])?)

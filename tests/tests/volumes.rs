@@ -86,6 +86,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     refusals::a_kernel_without_dm_clone_is_named,
     remote::a_volume_is_written_elsewhere_and_comes_home,
     remote::a_remote_volume_is_localized_under_load,
+    remote::a_remote_volume_moves_on_once_it_is_being_copied,
     remote::a_full_pool_makes_a_move_remote_and_room_makes_it_local,
     remote::a_remote_volume_outlives_the_power_of_its_user,
     remote::a_remote_volume_stops_with_the_power_of_its_source,
@@ -105,6 +106,8 @@ const SCENARIOS: &[Scenario] = scenarios![
     migrations::a_guest_whose_migration_is_cancelled_stays,
     migrations::a_guest_stays_whose_destination_loses_power,
     cinder::a_volume_follows_its_guest_through_cinder,
+    cinder::a_guest_whose_destination_fails_migrates_later,
+    cinder::an_evacuated_volume_waits_for_its_node,
     chains::a_volume_passes_through_a_node_before_it_is_whole_there,
 ];
 
@@ -118,6 +121,8 @@ const EXTENT: &str = "DMLOCAL_SCENARIOS";
 /// Those that a change has to pass, and that are too much for every try: `--long`.
 const LONG: &[&str] = &[
     "a_volume_follows_its_guest_through_cinder",
+    "a_guest_whose_destination_fails_migrates_later",
+    "an_evacuated_volume_waits_for_its_node",
     "agents_killed_around_the_switch_go_on",
     "discards_are_refused_until_everything_is_here",
     "a_pool_of_other_blocks_takes_no_volume_from_elsewhere",
@@ -159,6 +164,7 @@ const FULL: &[&str] = &[
     "a_switch_whose_source_has_died_is_given_up",
     "a_remote_volume_waits_for_a_pulled_cable",
     "a_remote_volume_is_localized_under_load",
+    "a_remote_volume_moves_on_once_it_is_being_copied",
     "a_full_pool_makes_a_move_remote_and_room_makes_it_local",
     "a_remote_volume_outlives_the_power_of_its_user",
     "a_remote_volume_stops_with_the_power_of_its_source",

@@ -57,9 +57,17 @@ pub(crate) fn build_for_nodes() -> Result<()> {
 }
 
 /// Builds what goes onto nodes and the tests with it, so that both agree on every
-/// dependency's features and build each once.
+/// dependency's features and build each once. What Python's tests need comes meanwhile.
 pub(crate) fn build_with_tests() -> Result<()> {
-    build(&["--bins", "--tests"])
+    packages::ensure(packages::DRIVER)?;
+    thread::scope(|scope| {
+        let environment = scope.spawn(dmlocal_testbed::python::prepare);
+        let built = build(&["--bins", "--tests"]);
+        match environment.join() {
+            Ok(prepared) => built.and(prepared),
+            Err(_) => bail!("preparing Python panicked"),
+        }
+    })
 }
 
 fn build(targets: &[&str]) -> Result<()> {

@@ -47,6 +47,13 @@ class Configuration(DriverTestCase):
             with self.subTest(values), self.assertRaises(exception.InvalidConfigurationValue):
                 driver.do_setup(None)
 
+    def test_a_second_start_leaves_no_channels(self) -> None:
+        first = self.driver.fleet['node-a']
+        self.driver.do_setup(None)
+        self.assertIsNot(first, self.driver.fleet['node-a'])
+        with self.assertRaisesRegex(ValueError, 'closed'):
+            first.look(first.nodes.GetNode, pb.GetNodeRequest())
+
     def test_every_option_says_what_it_is_for(self) -> None:
         [(group, listed)] = options.list_opts()
         self.assertEqual(configuration.SHARED_CONF_GROUP, group)
@@ -87,6 +94,10 @@ class Statistics(DriverTestCase):
         self.assertEqual(70, pools['node-b']['free_capacity_gb'])
         self.assertEqual(30, pools['node-b']['provisioned_capacity_gb'])
         self.assertFalse(pools['node-b']['multiattach'])
+
+    def test_a_copy_may_be_made_of_what_is_in_another_pool(self) -> None:
+        self.driver.init_capabilities()
+        self.assertTrue(self.driver.capabilities['clone_across_pools'])
 
     def test_a_dead_node_has_no_pool_and_the_others_go_on(self) -> None:
         self.agent('b').is_down = True

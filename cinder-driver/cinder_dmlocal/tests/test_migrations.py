@@ -226,3 +226,25 @@ class LiveMigration(DriverTestCase):
         self.assert_home(self.volume, 'a')
         data = self.agent('a').volumes[self.volume.id].data
         self.assertEqual(['first', 'second', 'third'], data)
+
+    def test_a_guest_returns_to_a_node_that_was_never_told_that_it_left(self) -> None:
+        at_b = self.prepare()
+        self.move_guest()
+        self.agent('b').write(self.volume.id, 'second')
+        # The source's compute service dies before it tells, and the guest goes back.
+        self.assertTrue(self.agent('a').volumes[self.volume.id].attached)
+        self.prepare('a')
+        self.move_guest('b')
+        self.agent('a').write(self.volume.id, 'third')
+        self.cinder.delete_attachment(self.volume, at_b)
+        data = self.agent('a').volumes[self.volume.id].data
+        self.assertEqual(['first', 'second', 'third'], data)
+
+    def test_a_node_where_the_old_device_is_still_open_takes_nothing_back(self) -> None:
+        self.prepare()
+        self.move_guest()
+        self.agent('b').write(self.volume.id, 'second')
+        self.agent('a').open(self.volume.id)
+        with self.refused('in use', 'node-a'):
+            self.prepare('a')
+        self.assert_where(self.volume, a='FENCED', b='HYDRATING')

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import uuid
 from typing import Any
+from unittest import mock
 
-from cinder import exception
+from cinder import exception, objects
 
-from cinder_dmlocal.tests.base import SERVICE, DriverTestCase, Snapshot, Volume
+from cinder_dmlocal.tests.base import SERVICE, Attachment, DriverTestCase, Snapshot, Volume
 from cinder_dmlocal.tests.fake import Vol
 
 
@@ -40,6 +41,25 @@ class Moves(DriverTestCase):
         self.driver.migrate_volume(None, volume, self.target('b'))
         self.assertFalse(self.agent('b').volumes[volume.id].attached)
 
+    def swap(self, origin_host: str) -> Volume:
+        """What Cinder has Nova copy a volume in use to, for an operator who chose node b."""
+        origin = Volume(1, origin_host, 'in-use')
+        self.enterContext(mock.patch.object(objects.Volume, 'get_by_id', lambda *_: origin))
+        made = self.cinder.create('node-b')
+        made.migration_status = f'target:{origin.id}'
+        self.cinder.attach(made, 'node-a', 'vm')
+        return made
+
+    def test_a_guest_goes_on_with_its_volume_on_the_node_that_was_chosen(self) -> None:
+        made = self.swap(f'{SERVICE}#node-a')
+        self.assert_where(made, a='REMOTE', b='FENCED')
+        self.assert_home(made, 'b')
+
+    def test_what_comes_from_another_backend_is_where_its_guest_is(self) -> None:
+        made = self.swap('fleet@lvm#node-a')
+        self.assert_where(made, a='HYDRATING', b='FENCED')
+        self.assert_home(made, 'a')
+
     def test_a_volume_in_use_moves_only_with_its_guest(self) -> None:
         volume = self.cinder.create()
         self.cinder.attach(volume, 'node-a')
@@ -56,6 +76,80 @@ class Moves(DriverTestCase):
         self.agent('b').has_pool = True
         self.assertTrue(self.driver.migrate_volume(None, volume, self.target('b'))[0])
         self.assert_where(volume, a='FENCED', b='HYDRATING')
+
+    def use_remotely(self) -> tuple[Volume, Attachment]:
+        """A volume of node-a's whose guest runs on node-b, which had no room then."""
+        volume = self.cinder.create()
+        self.agent('b').has_pool = False
+        row = self.cinder.attach(volume, 'node-b', 'vm')
+        self.agent('b').open(volume.id)
+        self.agent('b').write(volume.id, 'remotely')
+        self.agent('b').has_pool = True
+        return volume, row
+
+    def test_a_guest_that_uses_its_volume_remotely_migrates(self) -> None:
+        for target in 'ac':
+            with self.subTest(target=target):
+                volume, row = self.use_remotely()
+                self.cinder.create_attachment(volume, 'vm', f'node-{target}')
+                self.agent('b').shut(volume.id)
+                self.cinder.delete_attachment(volume, row)
+                moved = self.agent(target).volumes[volume.id]
+                self.assertEqual('HYDRATING', moved.state)
+                self.assertEqual(['remotely'], moved.data)
+                self.assert_home(volume, target)
+
+    def test_without_room_at_its_user_a_remote_volume_stays_there(self) -> None:
+        volume, _row = self.use_remotely()
+        self.agent('b').capacity = 0
+        with self.refused('NO_ROOM'):
+            self.cinder.create_attachment(volume, 'vm', 'node-c')
+        self.assert_where(volume, a='FENCED', b='REMOTE')
+        self.assertTrue(self.agent('b').write(volume.id, 'still'))
+
+    def test_what_a_remote_volume_cannot_do_has_it_copied_first(self) -> None:
+        def extend(volume: Volume) -> None:
+            self.driver.extend_volume(volume, 2)
+
+        def snapshot(volume: Volume) -> None:
+            self.driver.create_snapshot(Snapshot(volume))
+
+        def clone(volume: Volume) -> None:
+            made = Volume(1, f'{SERVICE}#node-b', 'creating')
+            self.driver.create_cloned_volume(made, volume)
+
+        for act in (extend, snapshot):
+            with self.subTest(act=act.__name__):
+                volume, _row = self.use_remotely()
+                act(volume)
+                self.assert_where(volume, a='FENCED', b='HYDRATING')
+                self.assert_home(volume, 'b')
+        volume, _row = self.use_remotely()
+        with self.refused('VOLUME_MOVING', 'repeat'):
+            clone(volume)
+        self.agent('b').arrive(volume.id)
+        clone(volume)
+
+    def test_retype_of_a_volume_in_use_leaves_it_with_its_guest(self) -> None:
+        volume = self.cinder.create()
+        self.cinder.attach(volume, 'node-a')
+        retyped = self.driver.retype(None, volume, {}, {}, self.target('b'))
+        # Cinder would take the scheduler's choice for the place otherwise.
+        stays = {'host': f'{SERVICE}#node-a', 'cluster_name': None}
+        self.assertEqual((True, stays), retyped)
+        self.assert_where(volume, a='LOCAL')
+
+    def test_retype_of_what_agents_know_nothing_of_needs_nothing(self) -> None:
+        volume = self.cinder.create()
+        target = self.target('a')
+        diff = {
+            'qos_specs': {'consumer': ('front-end', 'front-end'), 'iops': (None, '9')},
+            'extra_specs': {'volume_backend_name': (None, 'dmlocal')},
+            'encryption': {},
+        }
+        self.fleet.order.clear()
+        self.assertTrue(self.driver.retype(None, volume, {}, diff, target))
+        self.assertEqual([], self.fleet.order)
 
     def test_another_backend_is_left_to_cinder(self) -> None:
         volume = self.cinder.create()
@@ -101,6 +195,30 @@ class TakingOver(DriverTestCase):
         self.agent('a').volumes[self.found.id] = self.found
         self.ref = {'source-id': self.found.id}
         self.volume = Volume(0, f'{SERVICE}#node-a')
+        # What Cinder has, by their ids and by the ids that agents know them by.
+        self.rows: set[str] = set()
+        for cls, key in ((objects.Volume, '_name_id'), (objects.Snapshot, 'provider_id')):
+            self.patch(cls, 'exists', lambda _, id_: id_ in self.rows)
+            of_all = getattr(objects, f'{cls.__name__}List')
+            self.patch(
+                of_all, 'get_all', lambda _, filters, key=key: self.rows & {filters[key]}
+            )
+
+    def patch(self, where: Any, name: str, by: Any) -> None:
+        patcher = mock.patch.object(where, name, by)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+
+    def test_what_cinder_has_already_is_refused(self) -> None:
+        self.rows = {self.found.id}
+        with self.assertRaises(exception.ManageExistingAlreadyManaged):
+            self.driver.manage_existing(self.volume, self.ref)
+        volume = self.cinder.create()
+        other = Snapshot(volume)
+        self.driver.create_snapshot(other)
+        self.rows = {other.id}
+        with self.assertRaises(exception.ManageExistingAlreadyManaged):
+            self.driver.manage_existing_snapshot(Snapshot(volume), {'source-id': other.id})
 
     def test_a_volume_is_taken_over_and_keeps_its_id_at_the_agents(self) -> None:
         self.assertEqual(2, self.driver.manage_existing_get_size(self.volume, self.ref))

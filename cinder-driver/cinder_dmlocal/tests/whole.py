@@ -2,8 +2,9 @@
 
     python -m cinder_dmlocal.tests.whole FOLDER NODE=HOST:PORT…
 
-FOLDER has ca.pem, driver.pem and driver.key, and takes what Cinder writes. Each line of
-standard input is an order, {"do": …}, and each has one line of standard output as its
+FOLDER has ca.pem, driver.pem and driver.key, and takes what Cinder writes: who starts this
+again with the same folder goes on. A node without an endpoint is declared dead. Each line
+of standard input is an order, {"do": …}, and each has one line of standard output as its
 answer; the first line says that all is up. SQLite, no message broker, no Keystone.
 """
 
@@ -46,7 +47,7 @@ def configuration(folder: pathlib.Path, nodes: dict[str, str]) -> str:
     """Text of cinder.conf."""
     etc = pathlib.Path(sys.prefix) / 'etc' / 'cinder'
     (folder / 'api-paste.ini').write_text(trusting.paste())
-    endpoints = ', '.join(f'{name}:{endpoint}' for name, endpoint in nodes.items())
+    endpoints = ', '.join(f'{name}:{endpoint}' for name, endpoint in nodes.items() if endpoint)
     return f"""[DEFAULT]
 log_file = {folder}/cinder.log
 debug = true
@@ -74,6 +75,7 @@ volume_driver = cinder_dmlocal.driver.DmLocalDriver
 volume_backend_name = dmlocal
 dmlocal_nodes = {', '.join(nodes)}
 dmlocal_endpoints = {endpoints}
+dmlocal_dead_nodes = {', '.join(name for name, endpoint in nodes.items() if not endpoint)}
 dmlocal_ca = {folder}/ca.pem
 dmlocal_cert = {folder}/driver.pem
 dmlocal_key = {folder}/driver.key
@@ -152,9 +154,22 @@ class Orders:
 
     def attach(self, volume: str, instance: str, host: str) -> dict[str, Any]:
         """An attachment with its connector, completed, as live migration makes it."""
-        connector = {'host': host, 'ip': '10.77.0.1', 'initiator': 'iqn', 'mountpoint': 'vdb'}
-        body = {'volume_uuid': volume, 'instance_uuid': instance, 'connector': connector}
+        body = {'volume_uuid': volume, 'instance_uuid': instance, 'connector': _connector(host)}
+        return self._complete(self.call('POST', '/attachments', {'attachment': body}))
+
+    def reserve(self, volume: str, instance: str) -> dict[str, Any]:
+        """An attachment without a connector, which keeps the volume for an instance."""
+        body = {'volume_uuid': volume, 'instance_uuid': instance}
         answer = self.call('POST', '/attachments', {'attachment': body})
+        return {'status': answer['status'], 'id': answer['body']['attachment']['id']}
+
+    def connect(self, attachment: str, host: str) -> dict[str, Any]:
+        """The connector of a reserved attachment, which is completed."""
+        body = {'connector': _connector(host)}
+        path = f'/attachments/{attachment}'
+        return self._complete(self.call('PUT', path, {'attachment': body}))
+
+    def _complete(self, answer: dict[str, Any]) -> dict[str, Any]:
         if answer['status'] >= 300:
             return answer
         attachment = answer['body']['attachment']
@@ -202,6 +217,10 @@ class Orders:
             eventlet.sleep(0.2)
 
 
+def _connector(host: str) -> dict[str, Any]:
+    return {'host': host, 'ip': '10.77.0.1', 'initiator': 'iqn', 'mountpoint': 'vdb'}
+
+
 def obey(orders: Orders, answers: Any) -> None:
     """Does what standard input says, until it ends."""
     while line := tpool.execute(sys.stdin.readline):
@@ -222,7 +241,8 @@ def main() -> None:
     os.dup2(2, 1)
     kept = start(folder, nodes)
     orders = Orders()
-    print(json.dumps(orders.up(len(nodes))), file=answers, flush=True)
+    alive = sum(1 for endpoint in nodes.values() if endpoint)
+    print(json.dumps(orders.up(alive)), file=answers, flush=True)
     obey(orders, answers)
     del kept
     os._exit(0)

@@ -98,6 +98,31 @@ pub fn a_remote_volume_is_localized_under_load(bed: &Bed) -> Result<()> {
     volume.delete(b)
 }
 
+pub fn a_remote_volume_moves_on_once_it_is_being_copied(bed: &Bed) -> Result<()> {
+    let volume = Volume::create_full(bed.a(), 32)?;
+    volume.write(bed.a(), "--count 50")?.stop(bed.a())?;
+    volume.carry_state(bed.a(), bed.b())?;
+    let (a, b) = borrow(bed, &volume, "--remote")?;
+    let writer = volume.write(b, "")?;
+    writer.progress()?;
+    refused(b, &volume.move_line(b, a, "--hold"), "VOLUME_REMOTE")?;
+    ctl(b, &format!("volume localize {}", volume.id))?;
+    // As Cinder's driver does it when a guest migrates: at once.
+    ctl(a, &format!("volume detach {}", volume.id))?;
+    volume.start_move(b, a, "--hold --wait")?;
+    writer.progress()?;
+    writer.stop(b)?;
+    volume.carry_state(b, a)?;
+    let writer = volume.write(a, "")?;
+    writer.wait_for_first_write()?;
+    volume.wait_for(a, "local", LATER)?;
+    volume.wait_until_gone(b)?;
+    volume.wait_until_alone(a)?;
+    writer.stop(a)?;
+    volume.verify(a)?;
+    volume.delete(a)
+}
+
 pub fn a_remote_volume_waits_for_a_pulled_cable(bed: &Bed) -> Result<()> {
     let volume = Volume::create_full(bed.a(), 32)?;
     volume.write(bed.a(), "--count 50")?.stop(bed.a())?;
