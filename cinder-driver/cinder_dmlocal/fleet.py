@@ -5,7 +5,8 @@ used; mutual TLS, in which the other end must prove to be *that* node, whatever 
 it was found under. Every call has a deadline.
 
 grpc waits in native code, which would stop every green thread of a process that
-eventlet has patched: there, calls go through eventlet's native threads.
+eventlet has patched: there, calls go through eventlet's native threads, and grpc locks
+natively.
 """
 
 from __future__ import annotations
@@ -48,6 +49,17 @@ def _is_green() -> bool:
 def _threading() -> Any:
     """The module threading as it is without eventlet."""
     return sys.modules['eventlet.patcher'].original('threading') if _is_green() else threading
+
+
+def _use_native_locks() -> None:
+    """Has grpc's own code lock as it does without eventlet.
+
+    A green lock knows the green threads of one native thread. Two native threads that met
+    at one of a channel's, with calls to the same node, would both wait for ever.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.partition('.')[0] == 'grpc' and vars(module).get('threading') is threading:
+            vars(module)['threading'] = _threading()
 
 
 class Node:
@@ -132,6 +144,8 @@ class Fleet:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        if _is_green():
+            _use_native_locks()
         credentials = grpc.ssl_channel_credentials(
             root_certificates=settings.ca,
             private_key=settings.key,

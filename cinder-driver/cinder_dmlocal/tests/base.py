@@ -179,22 +179,27 @@ def _prepared() -> str:
     return folder.name
 
 
+def write_certificates(fleet: FakeFleet, folder: str) -> dict[str, str]:
+    """The driver's certificates in a folder, and their options."""
+    pair = fleet.authority.issue('driver')
+    named = {'ca': fleet.authority.cert, 'cert': pair.cert, 'key': pair.key}
+    for name, content in named.items():
+        with open(os.path.join(folder, f'{name}.pem'), 'wb') as file:
+            file.write(content)
+    return {f'dmlocal_{name}': os.path.join(folder, f'{name}.pem') for name in named}
+
+
 def configured(fleet: FakeFleet, endpoints: dict[str, str], **values: Any) -> Any:
     """The configuration of a backend that knows the agents at those endpoints."""
-    folder = _prepared()
-    pair = fleet.authority.issue('driver')
-    for name, content in (
-        ('ca', fleet.authority.cert),
-        ('cert', pair.cert),
-        ('key', pair.key),
-    ):
-        path = os.path.join(folder, name)
-        with open(path, 'wb') as file:
-            file.write(content)
-        values.setdefault(f'dmlocal_{name}', path)
+    values = {**write_certificates(fleet, _prepared()), **values}
     values.setdefault('dmlocal_nodes', list(endpoints))
     values.setdefault('dmlocal_endpoints', endpoints)
     values.setdefault('dmlocal_close_timeout', 0)
+    return section(**values)
+
+
+def section(**values: Any) -> Any:
+    """The configuration of a backend."""
     group = f'backend-{uuid.uuid4()}'
     found = configuration.Configuration(options.OPTIONS, config_group=group)
     for name, value in values.items():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from concurrent import futures
@@ -14,7 +17,12 @@ from cinder.volume import configuration
 
 from cinder_dmlocal import errors, fleet, options
 from cinder_dmlocal.driver import DmLocalDriver
-from cinder_dmlocal.tests.base import SERVICE, DriverTestCase, configured
+from cinder_dmlocal.tests.base import (
+    SERVICE,
+    DriverTestCase,
+    configured,
+    write_certificates,
+)
 from cinder_dmlocal.tests.fake import GIB
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
 
@@ -181,6 +189,19 @@ class Deadlines(DriverTestCase):
 
 
 class Native(DriverTestCase):
+    def test_calls_to_one_node_meet_without_harm_where_threads_are_green(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_certificates(self.fleet, folder)
+            program = [sys.executable, '-m', 'cinder_dmlocal.tests.green', folder]
+            done = subprocess.run(
+                [*program, self.fleet.endpoints['node-a']],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        self.assertEqual((0, '160\n'), (done.returncode, done.stdout), done.stderr)
+
     def test_questions_to_many_are_asked_at_the_same_time(self) -> None:
         meeting = threading.Barrier(3, timeout=10)
 
