@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 
-import grpc
 from cinder import exception
 from google.rpc import error_details_pb2, status_pb2
+
+from cinder_dmlocal.native import grpc
 
 DOMAIN = 'dmlocal'
 

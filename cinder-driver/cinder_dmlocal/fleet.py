@@ -3,25 +3,19 @@
 One channel for each node, made when the driver starts and connected when it is first
 used; mutual TLS, in which the other end must prove to be *that* node, whatever address
 it was found under. Every call has a deadline.
-
-grpc waits in native code, which would stop every green thread of a process that
-eventlet has patched: there, calls go through eventlet's native threads, and grpc locks
-natively.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-import grpc
 from oslo_log import log as logging
 
-from cinder_dmlocal import errors
+from cinder_dmlocal import errors, native
+from cinder_dmlocal.native import grpc
 from cinder_dmlocal.options import Settings
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
 from cinder_dmlocal.wire import dmlocal_pb2_grpc as pb_grpc
@@ -32,37 +26,6 @@ T = TypeVar('T')
 
 # For how many timeouts it is believed that nodes answer, and how many are asked then.
 _FRESH, _FEW = 3, 8
-
-
-def natively(act: Callable[[], T]) -> T:
-    """Does what blocks in native code, so that green threads go on meanwhile."""
-    if not _is_green():
-        return act()
-    from eventlet import tpool  # noqa: PLC0415 - eventlet is Cinder's choice, not ours
-
-    return tpool.execute(act)
-
-
-def _is_green() -> bool:
-    # Not imported: where nobody has, nothing is patched.
-    patcher = sys.modules.get('eventlet.patcher')
-    return patcher is not None and bool(patcher.is_monkey_patched('thread'))
-
-
-def _threading() -> Any:
-    """The module threading as it is without eventlet."""
-    return sys.modules['eventlet.patcher'].original('threading') if _is_green() else threading
-
-
-def _use_native_locks() -> None:
-    """Has grpc's own code lock as it does without eventlet.
-
-    A green lock knows the green threads of one native thread. Two native threads that met
-    at one of a channel's, with calls to the same node, would both wait for ever.
-    """
-    for name, module in list(sys.modules.items()):
-        if name.partition('.')[0] == 'grpc' and vars(module).get('threading') is threading:
-            vars(module)['threading'] = _threading()
 
 
 class Node:
@@ -105,12 +68,12 @@ class Node:
 
     def look(self, method: Callable[..., T], request: Any) -> T:
         """Asks for what the agent knows. Raises errors.AgentError."""
-        return natively(lambda: self.blocking(method, request))
+        return native.natively(lambda: self.blocking(method, request))
 
     def call(self, method: Callable[..., T], request: Any) -> T:
         """Has the agent do something. Raises errors.AgentError."""
         timeout = self._settings.call_timeout
-        return natively(lambda: self.blocking(method, request, timeout))
+        return native.natively(lambda: self.blocking(method, request, timeout))
 
     def blocking(
         self, method: Callable[..., T], request: Any, timeout: float | None = None
@@ -147,8 +110,6 @@ class Fleet:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        if _is_green():
-            _use_native_locks()
         credentials = grpc.ssl_channel_credentials(
             root_certificates=settings.ca,
             private_key=settings.key,
@@ -187,7 +148,7 @@ class Fleet:
         `dmlocal_at_once` nodes.
         """
         nodes = [self._nodes[name] for name in (self.names if names is None else names)]
-        answers = natively(lambda: self._ask(nodes, method, request))
+        answers = native.natively(lambda: self._ask(nodes, method, request))
         if names is None:
             self._is_reachable, self._known_at = bool(answers.came), time.monotonic()
             self._answering = answers.came
@@ -196,7 +157,7 @@ class Fleet:
     def _ask(
         self, nodes: list[Node], method: Callable[[Node], Callable[..., Any]], request: Any
     ) -> Answers:
-        native = _threading()
+        threading = native.threading()
         given: dict[str, Any] = {}
         failed: dict[str, errors.AgentError] = {}
         waiting = list(reversed(nodes))
@@ -214,7 +175,7 @@ class Fleet:
                     failed[node.name] = error
 
         count = min(len(nodes), self._settings.at_once)
-        workers = [native.Thread(target=worker, daemon=True) for _ in range(count)]
+        workers = [threading.Thread(target=worker, daemon=True) for _ in range(count)]
         for thread in workers:
             thread.start()
         for thread in workers:

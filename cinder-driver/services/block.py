@@ -100,6 +100,7 @@ class Cinder:
                 'report_interval': 1,
                 'service_down_time': 10,
                 'periodic_interval': 2,
+                'periodic_fuzzy_delay': 1,
                 'backend_stats_polling_interval': 3,
                 'rpc_response_timeout': 120,
                 'quota_volumes': -1,
@@ -138,6 +139,12 @@ class Cinder:
         conf = write(path, self._sections, self._backends, more)
         argv = program('cinder.cmd.volume', '--config-file', conf)
         self.processes.start(f'cinder-volume-{name}', argv)
+
+    def restart_volume(self, more: Sections | None = None) -> None:
+        """Kills cinder-volume, and starts it with something else or more configured."""
+        self.processes.kill('cinder-volume')
+        write(self.conf, self._sections, self._backends, more or {})
+        self.start('volume')
 
     def wait(self, *pools: str) -> None:
         """Waits until the scheduler knows these pools."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import requests
 
+from services.everybody import TOKEN
 from services.processes import Processes
 
 
@@ -55,7 +56,7 @@ class Block(Client):
     def __init__(
         self, url: str, processes: Processes, headers: dict[str, str] | None = None
     ) -> None:
-        ours = {'X-Auth-Token': 'admin:project', 'OpenStack-API-Version': 'volume 3.71'}
+        ours = {'X-Auth-Token': TOKEN, 'OpenStack-API-Version': 'volume 3.71'}
         super().__init__(url, processes, {**ours, **(headers or {})})
 
     def pools(self) -> set[str]:
@@ -112,3 +113,103 @@ class Block(Client):
         """The end of a volume."""
         self.call('DELETE', f'/volumes/{volume}')
         self.wait(volume, 'gone')
+
+
+class Compute(Client):
+    """Nova's."""
+
+    def __init__(self, url: str, processes: Processes) -> None:
+        super().__init__(
+            url, processes, {'X-Auth-Token': TOKEN, 'OpenStack-API-Version': 'compute 2.100'}
+        )
+
+    def service(self, host: str) -> dict[str, Any] | None:
+        """What Nova knows of a host's nova-compute."""
+        path = f'/os-services?binary=nova-compute&host={host}'
+        try:
+            services = self.call('GET', path)['services']
+        except (Refused, requests.ConnectionError):
+            return None
+        return services[0] if services else None
+
+    def force_down(self, host: str, is_down: bool) -> None:
+        """An operator's word that a host's compute is down."""
+        service = self.service(host) or {}
+        self.call('PUT', f'/os-services/{service["id"]}', {'forced_down': is_down})
+
+    def make_flavors(self) -> None:
+        """Two, of which the second is larger."""
+        for number in (1, 2):
+            flavor = {'id': str(number), 'name': f'm{number}', 'vcpus': number, 'disk': 0}
+            self.call('POST', '/flavors', {'flavor': {**flavor, 'ram': 128 * number}})
+
+    def boot(self, host: str | None, *volumes: str) -> str:
+        """An instance that boots from the first volume; does not wait for it."""
+        mapping = [
+            {
+                'boot_index': 0 if number == 0 else -1,
+                'uuid': volume,
+                'source_type': 'volume',
+                'destination_type': 'volume',
+                'delete_on_termination': False,
+            }
+            for number, volume in enumerate(volumes)
+        ]
+        server = {
+            'name': 'guest',
+            'flavorRef': '1',
+            'networks': 'none',
+            'block_device_mapping_v2': mapping,
+            **({'host': host} if host else {}),
+        }
+        return str(self.call('POST', '/servers', {'server': server})['server']['id'])
+
+    def show(self, server: str) -> dict[str, Any]:
+        """An instance; one that is not there has the status `gone`."""
+        answer = self.get(f'/servers/{server}')
+        if answer is None:
+            return {'status': 'gone', 'task': None, 'host': None}
+        row = answer['server']
+        return {
+            'status': row['status'],
+            'task': row['OS-EXT-STS:task_state'],
+            'host': row['OS-EXT-SRV-ATTR:host'],
+            'fault': (row.get('fault') or {}).get('message'),
+        }
+
+    def wait(self, server: str, *states: str) -> dict[str, Any]:
+        """An instance, once it has one of these states and nothing goes on."""
+
+        def seen() -> dict[str, Any] | None:
+            row = self.show(server)
+            if row['task'] is not None:
+                return None
+            assert row['status'] in states or row['status'] != 'ERROR', row
+            return row if row['status'] in states else None
+
+        return self.processes.wait(f'the instance {server} is not {states}', seen)
+
+    def act(self, server: str, action: str, body: Any = None, version: str = '2.100') -> None:
+        """An action of an instance's; does not wait for what it begins."""
+        headers = {'OpenStack-API-Version': f'compute {version}'}
+        self.call('POST', f'/servers/{server}/action', {action: body}, headers)
+
+    def migrations(self, server: str) -> list[dict[str, Any]]:
+        """An instance's, the last first."""
+        path = f'/os-migrations?instance_uuid={server}'
+        rows = self.call('GET', path)['migrations']
+        return sorted(rows, key=lambda row: row['id'], reverse=True)
+
+    def attach(self, server: str, volume: str) -> None:
+        """Begins to attach a volume."""
+        body = {'volumeAttachment': {'volumeId': volume}}
+        self.call('POST', f'/servers/{server}/os-volume_attachments', body)
+
+    def detach(self, server: str, volume: str) -> None:
+        """Begins to detach a volume."""
+        self.call('DELETE', f'/servers/{server}/os-volume_attachments/{volume}')
+
+    def delete(self, server: str) -> None:
+        """The end of an instance."""
+        self.call('DELETE', f'/servers/{server}')
+        self.wait(server, 'gone')

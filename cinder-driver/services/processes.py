@@ -127,11 +127,14 @@ class Processes:
         self, name: str, argv: list[str], environment: Mapping[str, str] | None = None
     ) -> None:
         """Runs a process to its end, which must be a good one."""
-        process = self.start(name, argv, environment)
+        self.finish(self.start(name, argv, environment))
+
+    def finish(self, process: Process) -> None:
+        """Waits until a process has ended, which must be a good end."""
         status = process.popen.wait()
         self.forget(process)
         if status != 0:
-            raise NeverHappened(f'{name} ended with {status}: {process.tail()}')
+            raise NeverHappened(f'{process.name} ended with {status}: {process.tail()}')
 
     def kill(self, name: str) -> None:
         """Kills a process, so that it may be started anew."""

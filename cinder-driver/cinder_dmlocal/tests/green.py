@@ -23,7 +23,7 @@ from cinder_dmlocal.tests import base
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
 
 CALLERS = 8
-CALLS = 20
+CALLS = 200
 
 
 def main() -> None:
@@ -38,6 +38,8 @@ def main() -> None:
         for _ in range(CALLS):
             node.look(node.nodes.GetNode, pb.GetNodeRequest())
 
+    # Threads meet in every place in which they can.
+    sys.setswitchinterval(1e-7)
     # Each is alive meanwhile, and none waits for ever.
     callers = [eventlet.spawn(call) for _ in range(CALLERS)]
     for caller in callers:
