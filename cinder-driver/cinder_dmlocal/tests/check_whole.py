@@ -54,8 +54,13 @@ def whole() -> tuple[FakeFleet, subprocess.Popen[str], pathlib.Path]:
 def end(process: subprocess.Popen[str]) -> None:
     """It ends with its orders."""
     process.stdin.close()
-    process.wait(30)
-    process.stdout.close()
+    try:
+        process.wait(60)
+    finally:
+        # Or it would go on to write into a folder that is being removed.
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 class WholeCinder(unittest.TestCase):
