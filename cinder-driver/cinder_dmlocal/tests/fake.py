@@ -9,7 +9,10 @@ copy that arrives) is done by methods with plain names.
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
+import time
+from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
@@ -45,7 +48,7 @@ class Agent(Calls):
 
     def serve(self, method: str, request: Any, context: Any) -> Any:
         """Answers one call."""
-        with self.fleet.lock:
+        with self.fleet.lock, self.fleet.serving():
             if self.is_down:
                 context.abort(grpc.StatusCode.UNAVAILABLE, 'connection refused')
             self.calls[method] += 1
@@ -136,6 +139,7 @@ class FakeFleet:
 
     def __init__(self, names: list[str]) -> None:
         self.lock = threading.RLock()
+        self.served = 0.0
         self.authority = Authority()
         self.agents = {name: Agent(name, self) for name in names}
         self.reset()
@@ -159,6 +163,15 @@ class FakeFleet:
         port = server.add_secure_port('127.0.0.1:0', credentials)
         server.start()
         return server, port
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Adds up the time in which agents do what they are asked for."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.served += time.perf_counter() - began
 
     def reset(self) -> None:
         """As a fleet that has just been set up."""
