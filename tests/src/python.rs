@@ -16,12 +16,35 @@ use crate::image::artefact;
 /// Debian's Python. One that somebody has put before it in PATH may lack `venv`.
 const PYTHON: &str = "/usr/bin/python3";
 
+/// Where the pinned packages of older releases of Cinder are.
+const RELEASES: &str = "releases";
+
 /// Python in the driver's folder, in which the agents' interface has been generated.
 pub fn in_driver() -> Result<Command> {
-    let environment = environment()?;
-    host::output(python(&environment).args(["setup.py", "generate"]))
+    ready(&environment("requirements.txt")?)
+}
+
+/// The same with an older release of Cinder: one of [`releases`].
+pub fn in_release(release: &str) -> Result<Command> {
+    ready(&environment(&format!("{RELEASES}/{release}.txt"))?)
+}
+
+/// The older releases of Cinder that the driver is tested with, by their major versions.
+pub fn releases() -> Result<Vec<String>> {
+    let listed = fs::read_dir(folder().join(RELEASES)).context("listing Cinder's releases")?;
+    let mut names = Vec::new();
+    for entry in listed {
+        let path = entry.context("listing Cinder's releases")?.path();
+        names.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn ready(environment: &Path) -> Result<Command> {
+    host::output(python(environment).args(["setup.py", "generate"]))
         .context("generating the agents' interface")?;
-    Ok(python(&environment))
+    Ok(python(environment))
 }
 
 fn python(environment: &Path) -> Command {
@@ -34,8 +57,8 @@ fn folder() -> PathBuf {
     host::repository().join("cinder-driver")
 }
 
-fn environment() -> Result<PathBuf> {
-    let pins = folder().join("requirements.txt");
+fn environment(pins: &str) -> Result<PathBuf> {
+    let pins = folder().join(pins);
     let text = fs::read_to_string(&pins).with_context(|| format!("reading {}", pins.display()))?;
     let version = host::output(&mut host::command(&[PYTHON, "-VV"]))?;
     artefact("python", &[&text, &version], |at| {
