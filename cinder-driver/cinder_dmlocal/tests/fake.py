@@ -41,6 +41,8 @@ class Agent(Calls):
         self.snapshots: dict[str, Snap] = {}
         self.capacity = 100 * GIB
         self.has_pool = True
+        # [receive] when_full = "remote"
+        self.takes_remote = False
         self.is_down = False
         self.says_refused: dict[str, Refusal] = {}
         self.loses_answer: set[str] = set()

@@ -33,6 +33,14 @@ class Moves(DriverTestCase):
             self.assertTrue(self.driver.migrate_volume(None, volume, self.target('b'))[0])
         self.assert_where(volume, a='FENCED', b='HYDRATING')
 
+    def test_a_node_without_room_does_not_get_a_volume_only_in_name(self) -> None:
+        volume = self.cinder.create()
+        target = self.target('b')
+        self.agent('b').takes_remote, self.agent('b').capacity = True, 0
+        with self.refused('NO_ROOM', 'node-b'):
+            self.driver.migrate_volume(None, volume, target)
+        self.assert_where(volume, a='LOCAL')
+
     def test_what_an_interrupted_migration_left_is_finished(self) -> None:
         volume = self.cinder.create()
         row = self.cinder.attach(volume, 'node-b')
