@@ -203,14 +203,15 @@ class Deadlines(DriverTestCase):
         names = [f'hv-{number:03}' for number in range(500)]
         server, endpoint = self.crowd(names)
         endpoints = dict.fromkeys(names, endpoint)
-        with socket.create_server(('127.0.0.1', 0)) as silent:
-            # Ten say nothing at all.
+        with socket.socket() as unused:
+            unused.bind(('127.0.0.1', 0))
+            # On ten nodes nobody listens.
             for name in names[::50]:
-                endpoints[name] = f'127.0.0.1:{silent.getsockname()[1]}'
+                endpoints[name] = f'127.0.0.1:{unused.getsockname()[1]}'
             driver = self.make_driver(
                 dmlocal_nodes=['hv-[000-499]'],
                 dmlocal_endpoints=endpoints,
-                dmlocal_look_timeout=2,
+                dmlocal_look_timeout=50,
             )
             stats = driver.get_volume_stats(refresh=True)
         server.stop(None)
