@@ -38,11 +38,24 @@ const NO_TESTS: i32 = 5;
 
 /// Runs a module of Python's in the Cinder driver's folder.
 pub(crate) fn python(module: &[&str]) -> Result<()> {
+    run_python(module, packages::DRIVER, dmlocal_testbed::python::in_driver)
+}
+
+/// The same, beside the services that the driver's tests start.
+pub(crate) fn python_in_services(module: &[&str]) -> Result<()> {
+    let needed = [packages::DRIVER, packages::SERVICES].concat();
+    run_python(module, &needed, dmlocal_testbed::python::in_services)
+}
+
+fn run_python(
+    module: &[&str],
+    needed: &[&str],
+    environment: fn() -> Result<Command>,
+) -> Result<()> {
     let shown = format!("python -m {}", module.join(" "));
     part(&shown, || {
-        packages::ensure(packages::DRIVER)?;
-        let mut command = dmlocal_testbed::python::in_driver()?;
-        let status = command.arg("-m").args(module).status().context("starting Python")?;
+        packages::ensure(needed)?;
+        let status = environment()?.arg("-m").args(module).status().context("starting Python")?;
         let has_none = module.contains(&"-k") && status.code() == Some(NO_TESTS);
         if !status.success() && !has_none {
             bail!("{status}");
