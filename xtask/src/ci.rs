@@ -19,7 +19,8 @@ pub(crate) struct TestArguments {
     /// Runs more scenarios: what a change has to pass
     #[arg(long, conflicts_with = "no_vm")]
     long: bool,
-    /// Runs every scenario, also those that wait for long timeouts
+    /// Runs every scenario, also those that wait for long timeouts, and the Cinder driver
+    /// in OpenStack's real services, with Tempest
     #[arg(long, conflicts_with_all = ["no_vm", "long"])]
     full: bool,
 }
@@ -54,6 +55,9 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
     run::python(&[&whole[..], &named].concat())?;
     if arguments.no_vm {
         return Ok(());
+    }
+    if arguments.full {
+        run::python_in_services(&[&["services"], &named[..]].concat())?;
     }
     // Of the whole workspace: one package alone would have its dependencies built
     // anew, with fewer features.
