@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import socket
 import subprocess
 import sys
@@ -247,6 +248,7 @@ class Native(DriverTestCase):
             program = [sys.executable, '-m', 'cinder_dmlocal.tests.green', folder]
             done = subprocess.run(
                 [*program, self.fleet.endpoints['node-a']],
+                cwd=pathlib.Path(__file__).parents[2],
                 capture_output=True,
                 text=True,
                 timeout=60,
