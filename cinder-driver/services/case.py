@@ -6,8 +6,8 @@ import contextlib
 import pathlib
 import tempfile
 import unittest
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 from cinder_dmlocal.tests.fake import FakeFleet
 from services.check_base import keep_certificates, processes_below
@@ -54,13 +54,16 @@ class NovaCase(unittest.TestCase):
         self.addCleanup(self.clear)
         self.maxDiff = None
 
+    def until(self, what: str, condition: Callable[[], Any]) -> None:
+        """Waits until a condition is true."""
+        self.cloud.processes.wait(what, condition)
+
     def guest(self, host: str = 'node-a') -> Guest:
         """A guest with two volumes, to which something was written."""
-        root = self.cloud.volume(bootable=True)
-        data = self.cloud.volume()
+        root = self.cloud.volume(host, bootable=True)
+        data = self.cloud.volume(host)
         server = self.cloud.boot(host, root, data)
         guest = Guest(self, server, [root, data])
-        guest.arrive()
         guest.runs_on(host)
         guest.write()
         return guest
@@ -102,6 +105,8 @@ class NovaCase(unittest.TestCase):
             self.fleet.agents[node].boot()
             self.fleet.agents[node].says_refused = {}
             self.cloud.hypervisors.lose(node)
+            if not self.cloud.nova.has_compute(node):
+                self.cloud.revive_compute(node)
         for server in self.cloud.servers.call('GET', '/servers')['servers']:
             with contextlib.suppress(AssertionError):
                 self.cloud.servers.act(server['id'], 'os-resetState', {'state': 'active'})
@@ -151,6 +156,16 @@ class Guest:
         self.volumes = volumes
         self.written: dict[str, list[str]] = {volume: [] for volume in volumes}
         self._words = 0
+
+    def add(self, volume: str) -> None:
+        """It has one more."""
+        self.volumes.append(volume)
+        self.written[volume] = []
+
+    def drop(self, volume: str) -> None:
+        """It has one less."""
+        self.volumes.remove(volume)
+        del self.written[volume]
 
     @property
     def host(self) -> str:
@@ -209,6 +224,10 @@ class Guest:
         """Its end, which leaves nothing."""
         self.arrive()
         self.cloud.servers.delete(self.server)
+        self.is_deleted()
+
+    def is_deleted(self) -> None:
+        """Its volumes are left, with all that it has written, and are deleted too."""
         for volume in self.volumes:
             self.cloud.volumes.wait(volume, 'available')
             copies = [

@@ -52,10 +52,16 @@ class Cloud:
         self.processes = processes
         self._migrated: dict[str, int] = {}
         self.servers.make_flavors()
+        for node in self.nodes:
+            # A type for those that are to be created there.
+            specs = {'pool_name': node}
+            self.volumes.call(
+                'POST', '/types', {'volume_type': {'name': node, 'extra_specs': specs}}
+            )
 
-    def wait_for_pools(self) -> None:
-        """Waits until Cinder's scheduler knows every node."""
-        self.cinder.wait(*(f'fleet@dmlocal#{node}' for node in self.nodes))
+    def wait_for_pools(self, *nodes: str) -> None:
+        """Waits until Cinder's scheduler knows these nodes, or all."""
+        self.cinder.wait(*(f'fleet@dmlocal#{node}' for node in nodes or self.nodes))
 
     def end(self) -> None:
         """Has the guests gone. Processes are ended by whoever began them."""
@@ -67,9 +73,9 @@ class Cloud:
 
     # Beginning
 
-    def volume(self, *, bootable: bool = False) -> str:
-        """A volume of 1 GiB."""
-        volume = str(self.volumes.create()['id'])
+    def volume(self, node: str, *, bootable: bool = False) -> str:
+        """A volume of 1 GiB on a node."""
+        volume = str(self.volumes.create(volume_type=node)['id'])
         if bootable:
             self.volumes.act(volume, os_set_bootable={'bootable': True})
         return volume
