@@ -63,7 +63,7 @@ class InUse(NovaCase):
     def test_a_guest_that_does_not_start_leaves_its_volumes_free(self) -> None:
         root = self.cloud.volume(A, bootable=True)
         self.cloud.hypervisors.fail('start', A)
-        server = self.cloud.boot(A, root, states=('ERROR', 'ACTIVE'))
+        server = self.cloud.boot(A, [root], states=('ERROR', 'ACTIVE'))
         self.assertEqual('ERROR', self.cloud.servers.show(server)['status'])
         self.cloud.servers.delete(server)
         self.cloud.volumes.wait(root, 'available')
@@ -75,7 +75,7 @@ class InUse(NovaCase):
         root = self.cloud.volume(B)
         self.cloud.volumes.act(root, os_set_bootable={'bootable': True})
         with self.no_room(A):
-            server = self.cloud.boot(A, root, states=('ERROR', 'ACTIVE'))
+            server = self.cloud.boot(A, [root], states=('ERROR', 'ACTIVE'))
         self.assertEqual('ERROR', self.cloud.servers.show(server)['status'])
         self.cloud.servers.delete(server)
         self.cloud.volumes.wait(root, 'available')
@@ -120,8 +120,15 @@ class InUse(NovaCase):
 
     def test_a_volume_that_an_operator_migrates_is_used_from_afar(self) -> None:
         guest = self.guest(A)
-        data = guest.volumes[1]
+        # Of no type, since the others' forbid another node.
+        data = self.cloud.volume()
+        self.cloud.attach(guest.server, data)
+        guest.add(data)
+        guest.arrive()
+        guest.write()
         self._migrate_in_use(data, 'fleet@dmlocal#node-b')
+        guest.is_copied(data)
+        self.assertEqual({A: 'REMOTE', B: 'FENCED'}, self.fleet.where(guest.id(data)))
         guest.write()
         self.assertEqual(A, guest.host)
         shown = self.cloud.volumes.show(data)
