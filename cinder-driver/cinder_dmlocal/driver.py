@@ -22,7 +22,7 @@ from cinder.volume import driver, volume_utils
 from oslo_config import cfg
 from oslo_log import log as logging
 
-from cinder_dmlocal import errors, manage, messages, options, stats
+from cinder_dmlocal import cached, errors, manage, messages, options, stats
 from cinder_dmlocal.copies import Known
 from cinder_dmlocal.fleet import Fleet, Node
 from cinder_dmlocal.snapshots import KnownSnapshot, Snapshots
@@ -128,6 +128,25 @@ class DmLocalDriver(driver.VolumeDriver):
         with messages.of_failure(volume, messages.CREATE, asked=bool(volume.source_volid)):
             at = self._volumes.find_local(_known(src_vref)).node
             self._make_of(volume, pb.Origin(volume_id=src_vref.name_id), at)
+
+    def clone_image(
+        self,
+        context: Any,
+        volume: Any,
+        image_location: Any,
+        image_meta: dict[str, Any],
+        image_service: Any,
+    ) -> tuple[dict[str, Any] | None, bool]:
+        """Makes a volume of one in the image cache that Cinder itself would not find."""
+        source = cached.source(self.db, volume, image_meta)
+        if source is None:
+            return None, False
+        try:
+            self.create_cloned_volume(volume, source)
+        except exception.CinderException as error:
+            LOG.warning('Volume %s is not made of a cached one: %s', volume.id, error)
+            return None, False
+        return {}, True
 
     def _make_of(self, volume: Any, origin: pb.Origin, at: Node) -> None:
         """Makes a volume on the node that has its origin, and copies nothing.

@@ -24,6 +24,9 @@ LOG = logging.getLogger(__name__)
 
 T = TypeVar('T')
 
+# For how many timeouts it is believed that nodes answer, and how many are asked then.
+_FRESH, _FEW = 3, 8
+
 
 class Node:
     """A node's agent, and the calls on it.
@@ -96,10 +99,10 @@ class Answers:
     failed: Mapping[str, errors.AgentError]
 
     @property
-    def any_came(self) -> bool:
-        """Whether any node has answered, and be it by refusing."""
-        refused = (not isinstance(e, errors.Unreachable) for e in self.failed.values())
-        return bool(self.given) or any(refused)
+    def came(self) -> list[str]:
+        """The nodes that have answered, and be it by refusing."""
+        refused = (n for n, e in self.failed.items() if not isinstance(e, errors.Unreachable))
+        return [*self.given, *refused]
 
 
 class Fleet:
@@ -116,8 +119,9 @@ class Fleet:
             name: Node(name, endpoint, credentials, settings)
             for name, endpoint in settings.endpoints.items()
         }
-        # What the last question to everybody has shown, and when that was.
-        self._is_reachable, self._asked = True, 0.0
+        # What was last known of the fleet, and when: whether any node answers, and which.
+        self._is_reachable, self._known_at = True, time.monotonic()
+        self._answering = self.names
 
     def __contains__(self, name: str) -> bool:
         """Whether a node of that name is configured."""
@@ -146,7 +150,8 @@ class Fleet:
         nodes = [self._nodes[name] for name in (self.names if names is None else names)]
         answers = native.natively(lambda: self._ask(nodes, method, request))
         if names is None:
-            self._is_reachable, self._asked = answers.any_came, time.monotonic()
+            self._is_reachable, self._known_at = bool(answers.came), time.monotonic()
+            self._answering = answers.came
         return answers
 
     def _ask(
@@ -196,12 +201,23 @@ class Fleet:
     def answers(self) -> bool:
         """Whether any node answers, as far as is known.
 
-        The statistics tell; once they have found nobody, everybody is asked again, but
-        not more often than the timeout for looks.
+        The statistics tell, but seldom. In between a few of those are asked that did
+        answer, and everybody once none of them does; while nobody has, not more often
+        than the timeout for looks.
         """
-        if self._is_reachable or time.monotonic() - self._asked < self._settings.look_timeout:
+        timeout = self._settings.look_timeout
+        fresh = _FRESH * timeout if self._is_reachable else timeout
+        if time.monotonic() - self._known_at < fresh:
             return self._is_reachable
-        return self.ask(lambda node: node.nodes.GetNode, pb.GetNodeRequest()).any_came
+        few = self._answering[:_FEW]
+        if few and self._are_there(few):
+            self._known_at = time.monotonic()
+            return True
+        return self._are_there(None)
+
+    def _are_there(self, names: list[str] | None) -> bool:
+        answers = self.ask(lambda node: node.nodes.GetNode, pb.GetNodeRequest(), names)
+        return bool(answers.came)
 
     def close(self) -> None:
         """Ends all channels."""

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import pathlib
 import subprocess
-import tempfile
 
 from services import contents
-from services.cloud import CONTROLLER, CloudTestCase
-
-_MIB = 1 << 20
+from services.cloud import CONTROLLER, FilesTestCase
 
 
-class ImageTestCase(CloudTestCase):
+class ImageTestCase(FilesTestCase):
     def setUp(self) -> None:
         super().setUp()
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = pathlib.Path(folder.name)
-        self.content = contents.make(self.folder / 'content', 24 * _MIB)
+        self.content = self.file('content')
 
     def upload(self, form: str = 'raw') -> str:
         """An image of the content, which goes when the test is over."""
@@ -125,10 +118,3 @@ class Cache(ImageTestCase):
         [cached] = self.cached()
         self.assertNotEqual(outdated, cached)
         self.delete(first, second, cached)
-
-    def cached(self) -> list[str]:
-        """Volumes of the cache."""
-        rows = self.cloud.infra.database.ask(
-            'select volume_id from cinder.image_volume_cache_entries'
-        )
-        return [str(volume) for [volume] in rows]

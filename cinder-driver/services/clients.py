@@ -87,10 +87,10 @@ class Block(Client):
 
         return self.processes.wait(f'{volume} is not {states}', seen)
 
-    def act(self, volume: str, **action: Any) -> Any:
+    def act(self, one: str, kind: str = 'volumes', **action: Any) -> Any:
         """An action of a volume's, by its name with underscores."""
         named = {name.replace('_', '-', 1): body for name, body in action.items()}
-        return self.call('POST', f'/volumes/{volume}/action', named)
+        return self.call('POST', f'/{kind}/{one}/action', named)
 
     def attach(self, volume: str, instance: str, host: str) -> dict[str, Any]:
         """An attachment with its connector, completed, as Nova makes it."""
@@ -108,6 +108,29 @@ class Block(Client):
         """All of a volume's, with their details."""
         path = f'/attachments/detail?all_tenants=1&volume_id={volume}'
         return self.call('GET', path)['attachments']
+
+    def snapshot(self, volume: str) -> str:
+        """A snapshot that is there, also of a volume in use."""
+        what = {'snapshot': {'volume_id': volume, 'force': True}}
+        snapshot = str(self.call('POST', '/snapshots', what)['snapshot']['id'])
+        self.wait_snapshot(snapshot, 'available')
+        return snapshot
+
+    def wait_snapshot(self, snapshot: str, *states: str) -> None:
+        """Waits until a snapshot has one of these states."""
+
+        def seen() -> bool:
+            answer = self.get(f'/snapshots/{snapshot}')
+            status = answer['snapshot']['status'] if answer else 'gone'
+            assert status in states or not status.startswith('error'), status
+            return status in states
+
+        self.processes.wait(f'{snapshot} is not {states}', seen)
+
+    def delete_snapshot(self, snapshot: str) -> None:
+        """The end of a snapshot."""
+        self.call('DELETE', f'/snapshots/{snapshot}')
+        self.wait_snapshot(snapshot, 'gone')
 
     def delete(self, volume: str) -> None:
         """The end of a volume."""

@@ -13,17 +13,20 @@ import pathlib
 import socket
 import sys
 import tempfile
+import threading
 import unittest
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import requests
 
 from cinder_dmlocal.tests.certificates import Authority
 from cinder_dmlocal.tests.fake import FakeFleet
 from services import contents
 from services.block import Cinder, Sections, agents, merged
 from services.clients import Block
-from services.identity import SERVICE_PROJECT, Identity
+from services.identity import SERVICE_PROJECT, Identity, Scope
 from services.images import Images
 from services.infra import Infra
 from services.processes import Processes
@@ -37,6 +40,7 @@ POOLS = [f'fleet@{name}#{node}' for name, nodes in BACKENDS.items() for node in 
 
 # Volume types by the capabilities that they ask for.
 TYPES = {
+    'any': {},
     'local': {'volume_backend_name': 'dmlocal'},
     'other': {'volume_backend_name': 'other'},
     'node-a': {'volume_backend_name': 'dmlocal', 'pool_name': 'node-a'},
@@ -53,7 +57,11 @@ class Cloud:
         self.folder = folder
         self._read: dict[str, int] = {}
         self.processes = Processes(folder)
-        self.fleets = self._fleets()
+        self._authority = Authority()
+        self._keep_certificates()
+        self.fleets: dict[str, FakeFleet] = {}
+        for name, nodes in BACKENDS.items():
+            self.add_fleet(name, nodes)
         self.infra = Infra(self.processes)
         self.identity = Identity(self.processes, self.infra)
         self.images = Images(self.processes, self.infra, self.identity)
@@ -67,25 +75,22 @@ class Cloud:
         self.cinder.client = self.block
         self.images.wait(self.identity.admin.token)
         self.cinder.wait(*POOLS)
-        for name, specs in TYPES.items():
-            self.add_type(name, specs)
+        self.types = {name: self.add_type(name, specs) for name, specs in TYPES.items()}
 
-    def _fleets(self) -> dict[str, FakeFleet]:
-        authority = Authority()
-        pair = authority.issue('driver')
-        (self.folder / 'ca.pem').write_bytes(authority.cert)
+    def _keep_certificates(self) -> None:
+        pair = self._authority.issue('driver')
+        (self.folder / 'ca.pem').write_bytes(self._authority.cert)
         (self.folder / 'driver.pem').write_bytes(pair.cert)
         (self.folder / 'driver.key').write_bytes(pair.key)
-        return {
-            name: self.add_fleet(name, nodes, authority) for name, nodes in BACKENDS.items()
-        }
 
-    def add_fleet(self, name: str, nodes: list[str], authority: Authority) -> FakeFleet:
+    def add_fleet(self, name: str, nodes: list[str]) -> FakeFleet:
         """A fleet that the controller belongs to, without a pool of its own."""
         disks = self.folder / 'disks' / name
         disks.mkdir(parents=True)
-        fleet = FakeFleet([*nodes, CONTROLLER], disks, authority=authority, copies_at_once=True)
+        ours = [*nodes, CONTROLLER]
+        fleet = FakeFleet(ours, disks, authority=self._authority, copies_at_once=True)
         fleet.agents[CONTROLLER].has_pool = False
+        self.fleets[name] = fleet
         return fleet
 
     def _cinder(self) -> Cinder:
@@ -111,9 +116,14 @@ class Cloud:
         ours = {
             'DEFAULT': {
                 'auth_strategy': 'keystone',
+                # Calls to a service that has died are given up after this.
+                'rpc_response_timeout': 60,
                 'default_volume_type': 'local',
                 'glance_api_servers': self.images.url,
                 'enable_force_upload': 'true',
+                # A node that has refused a volume is not tried again at once.
+                'scheduler_default_filters': 'AvailabilityZoneFilter, CapacityFilter, '
+                'CapabilitiesFilter, IgnoreAttemptedHostsFilter',
                 # Whose the volumes of the image cache are.
                 'cinder_internal_tenant_project_id': service.project,
                 'cinder_internal_tenant_user_id': service.user,
@@ -131,8 +141,15 @@ class Cloud:
         return merged(ours, self.identity.sections('cinder'))
 
     def _client(self) -> Block:
-        service = self.identity.scope('cinder', SERVICE_PROJECT)
-        tokens = {'X-Auth-Token': self.identity.admin.token, 'X-Service-Token': service.token}
+        self.service = self.identity.scope('cinder', SERVICE_PROJECT)
+        return self._as(self.identity.admin)
+
+    def as_service(self) -> Block:
+        """Cinder's interface, called for another project."""
+        return self._as(self.service)
+
+    def _as(self, whom: Scope) -> Block:
+        tokens = {'X-Auth-Token': whom.token, 'X-Service-Token': self.service.token}
         return Block(self.cinder.url, self.processes, tokens)
 
     def add_type(self, name: str, specs: dict[str, str]) -> str:
@@ -142,10 +159,10 @@ class Cloud:
             self.block.call('POST', '/types', {'volume_type': what})['volume_type']['id']
         )
 
-    def fleet_of(self, volume: str) -> FakeFleet:
-        """The fleet that has a volume."""
-        host = self.block.show(volume)['os-vol-host-attr:host']
-        return self.fleets[host.partition('@')[2].partition('#')[0]]
+    def group_type(self, name: str) -> str:
+        """A type of groups of volumes, each of which has a snapshot of its own."""
+        what = {'group_type': {'name': name}}
+        return str(self.block.call('POST', '/group_types', what)['group_type']['id'])
 
     def leaks(self) -> list[str]:
         """What is there that should not be when a test is over."""
@@ -159,8 +176,9 @@ class Cloud:
         for table in _KEPT:
             rows = ask(f'select id from cinder.{table} where deleted = 0')
             found += [f'{table} {row[0]}' for row in rows]
-        usages = 'select resource, in_use, reserved from cinder.quota_usages'
-        found += [f'quota {row}' for row in ask(f'{usages} where in_use + reserved <> 0')]
+        # What is only reserved, for a call that was killed, expires by itself.
+        usages = ask('select resource, in_use from cinder.quota_usages where in_use <> 0')
+        found += [f'quota {row}' for row in usages]
         return found
 
     def heard(self) -> list[str]:
@@ -169,7 +187,7 @@ class Cloud:
         for path in sorted(self.folder.glob('cinder-*.log')):
             with open(path, errors='replace') as log:
                 log.seek(self._read.get(path.name, 0))
-                found += [line.rstrip() for line in log if ' ERROR ' in line]
+                found += [line.rstrip() for line in log if ' ERROR ' in line[:60]]
                 self._read[path.name] = log.tell()
         return found[-200:]
 
@@ -180,14 +198,37 @@ class Cloud:
             fleet.stop()
 
 
+_ends = contextlib.ExitStack()
+
+
 @functools.cache
 def shared_cloud() -> Cloud:
-    """Starts once for all tests of the process."""
-    folder = tempfile.TemporaryDirectory(prefix='dmlocal-services-')
-    atexit.register(folder.cleanup)
-    cloud = Cloud(pathlib.Path(folder.name))
-    atexit.register(cloud.end)
+    """Starts once for all tests of the process; ended by `end_shared`, or with it."""
+    name = _ends.enter_context(tempfile.TemporaryDirectory(prefix='dmlocal-services-'))
+    cloud = Cloud(pathlib.Path(name))
+    _ends.callback(cloud.end)
     return cloud
+
+
+def end_shared() -> None:
+    """Ends what all tests of the process share."""
+    _ends.close()
+
+
+# For whoever starts tests by themselves.
+atexit.register(end_shared)
+
+
+def later(act: Callable[[], Any]) -> threading.Thread:
+    """Has something done while the test goes on; nobody hears whether it could be."""
+
+    def quietly() -> None:
+        with contextlib.suppress(AssertionError, requests.RequestException):
+            act()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    return thread
 
 
 class CloudTestCase(unittest.TestCase):
@@ -240,7 +281,35 @@ class CloudTestCase(unittest.TestCase):
             size = self.block.show(volume)['size'] << 30
             contents.assert_reads(device, content, size)
 
+    def cached(self) -> list[str]:
+        """Volumes of the image cache."""
+        rows = self.cloud.infra.database.ask(
+            'select volume_id from cinder.image_volume_cache_entries'
+        )
+        return [str(volume) for [volume] in rows]
+
     def delete(self, *volumes: str) -> None:
         """The end of volumes."""
         for volume in volumes:
             self.block.delete(volume)
+
+
+class FilesTestCase(CloudTestCase):
+    """With a folder of contents, each by a name."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+
+    def file(self, name: str) -> pathlib.Path:
+        """The content of that name; every name has another."""
+        path = self.folder / name
+        return path if path.exists() else contents.make(path, 24 << 20, name)
+
+    def written(self, name: str, kind: str = 'node-a', **more: Any) -> str:
+        """A volume with that content."""
+        volume = self.create(kind, **more)
+        self.write(volume, self.file(name), self.node_of(volume))
+        return volume

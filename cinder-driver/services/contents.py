@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import random
+import shutil
 
 _PIECE = 64 << 10
 _LIKE_A_DISK = 1 << 20
 
 
-def make(path: pathlib.Path, size: int, seed: int = 0) -> pathlib.Path:
+def make(path: pathlib.Path, size: int, seed: str = '') -> pathlib.Path:
     """A file with pieces that are all different, at its ends and in between, and holes."""
     chance = random.Random(seed)
     with open(path, 'wb') as file:
@@ -24,11 +24,7 @@ def make(path: pathlib.Path, size: int, seed: int = 0) -> pathlib.Path:
 def write(device: pathlib.Path, content: pathlib.Path) -> None:
     """Writes a file's content to the beginning of a device, as a guest would."""
     with open(device, 'r+b') as target, open(content, 'rb') as source:
-        while piece := source.read(_LIKE_A_DISK):
-            if any(piece):
-                target.write(piece)
-            else:
-                target.seek(len(piece), os.SEEK_CUR)
+        shutil.copyfileobj(source, target, _LIKE_A_DISK)
 
 
 def assert_reads(device: pathlib.Path, content: pathlib.Path, size: int) -> None:

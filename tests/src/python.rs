@@ -16,6 +16,9 @@ use crate::image::artefact;
 /// Debian's Python. One that somebody has put before it in PATH may lack `venv`.
 const PYTHON: &str = "/usr/bin/python3";
 
+/// Where the pinned packages of older releases of Cinder are.
+const RELEASES: &str = "releases";
+
 /// Makes the environment of the driver's tests, unless it is there. Meant to run while the
 /// project is built.
 pub fn prepare() -> Result<()> {
@@ -30,6 +33,23 @@ pub fn in_driver() -> Result<Command> {
 /// The same, beside the services that the driver's tests start.
 pub fn in_services() -> Result<Command> {
     ready(&environment("services", &["services/requirements.txt", "requirements.txt"])?)
+}
+
+/// The same with an older release of Cinder: one of [`releases`].
+pub fn in_release(release: &str) -> Result<Command> {
+    ready(&environment("python", &[&format!("{RELEASES}/{release}.txt")])?)
+}
+
+/// The older releases of Cinder that the driver is tested with, by their major versions.
+pub fn releases() -> Result<Vec<String>> {
+    let listed = fs::read_dir(folder().join(RELEASES)).context("listing Cinder's releases")?;
+    let mut names = Vec::new();
+    for entry in listed {
+        let path = entry.context("listing Cinder's releases")?.path();
+        names.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
+    }
+    names.sort();
+    Ok(names)
 }
 
 fn ready(environment: &Path) -> Result<Command> {

@@ -10,9 +10,12 @@ is done by methods with plain names.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
 import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -38,10 +41,17 @@ class Gate:
     is_done_first: bool = False
     reached: threading.Event = dataclasses.field(default_factory=threading.Event)
     opened: threading.Event = dataclasses.field(default_factory=threading.Event)
+    left: threading.Event = dataclasses.field(default_factory=threading.Event)
 
-    def wait(self) -> None:
-        self.reached.set()
-        self.opened.wait(_PATIENCE)
+    def lead(self, act: Callable[[], Any]) -> Any:
+        """Does that, with a stop on the way."""
+        try:
+            answer = act() if self.is_done_first else None
+            self.reached.set()
+            self.opened.wait(_PATIENCE)
+            return answer if self.is_done_first else act()
+        finally:
+            self.left.set()
 
 
 class Agent(Calls):
@@ -58,24 +68,25 @@ class Agent(Calls):
         self.snapshots: dict[str, Snap] = {}
         self.capacity = 100 * GIB
         self.has_pool = True
+        # [receive] when_full = "remote"
+        self.takes_remote = False
         self.is_down = False
         self.says_refused: dict[str, Refusal] = {}
         self.loses_answer: set[str] = set()
         self.gates: dict[str, Gate] = {}
+        self.passed: list[Gate] = []
         self.calls: collections.Counter[str] = collections.Counter()
 
     def serve(self, method: str, request: Any, context: Any) -> Any:
         """Answers one call."""
         gate = self.gates.pop(method, None)
-        if gate is not None and not gate.is_done_first:
-            gate.wait()
-        answer = self._answer(method, request, context)
-        if gate is not None and gate.is_done_first:
-            gate.wait()
-        return answer
+        if gate is None:
+            return self._answer(method, request, context)
+        self.passed.append(gate)
+        return gate.lead(lambda: self._answer(method, request, context))
 
     def _answer(self, method: str, request: Any, context: Any) -> Any:
-        with self.fleet.lock:
+        with self.fleet.lock, self.fleet.serving():
             if self.is_down:
                 context.abort(grpc.StatusCode.UNAVAILABLE, 'connection refused')
             self.calls[method] += 1
@@ -181,6 +192,7 @@ class FakeFleet:
         copies_at_once: bool = False,
     ) -> None:
         self.lock = threading.RLock()
+        self.served = 0.0
         self.disks = Disks(folder)
         self.copies_at_once = copies_at_once
         self.authority = authority or Authority()
@@ -207,6 +219,15 @@ class FakeFleet:
         server.start()
         return server, port
 
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Adds up the time in which agents do what they are asked for."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.served += time.perf_counter() - began
+
     def reset(self) -> None:
         """As a fleet that has just been set up."""
         self.order: list[str] = []
@@ -225,8 +246,11 @@ class FakeFleet:
 
     def stop(self) -> None:
         """Nobody answers any more."""
+        for agent in self.agents.values():
+            for gate in agent.passed:
+                gate.opened.set()
         for server in self._servers:
-            server.stop(None)
+            server.stop(None).wait()
 
     def where(self, volume_id: str) -> dict[str, str]:
         """The state of each copy of a volume, by node."""

@@ -10,10 +10,12 @@ import threading
 import time
 from concurrent import futures
 from typing import Any
+from unittest import mock
 
 import grpc
 from cinder import exception
 from cinder.volume import configuration
+from oslo_config import cfg
 
 from cinder_dmlocal import errors, fleet, options
 from cinder_dmlocal.driver import DmLocalDriver
@@ -118,6 +120,41 @@ class Statistics(DriverTestCase):
         self.agent('c').has_pool = False
         self.assertEqual(['node-a', 'node-b'], self.names())
 
+    def test_what_is_known_of_the_fleet_grows_old(self) -> None:
+        clock = mock.patch.object(fleet.time, 'monotonic', return_value=time.monotonic())
+        now = clock.start()
+        self.addCleanup(clock.stop)
+        self.assertEqual(['node-a', 'node-b', 'node-c'], self.names())
+        self.fleet.order.clear()
+        self.assertTrue(self.driver.initialized)
+        self.assertEqual([], self.fleet.order)
+        # The statistics have not been asked for since.
+        for letter in 'abc':
+            self.agent(letter).is_down = True
+        now.return_value += 60
+        self.assertFalse(self.driver.initialized)
+        self.agent('c').is_down = False
+        self.assertFalse(self.driver.initialized)
+        now.return_value += 60
+        self.assertTrue(self.driver.initialized)
+
+    def test_one_of_many_that_answers_is_enough(self) -> None:
+        clock = mock.patch.object(fleet.time, 'monotonic', return_value=time.monotonic())
+        now = clock.start()
+        self.addCleanup(clock.stop)
+        self.names()
+        few = mock.patch.object(fleet, '_FEW', 1)
+        few.start()
+        self.addCleanup(few.stop)
+        first = self.driver.fleet._answering[0]
+        self.fleet.order.clear()
+        now.return_value += 60
+        self.assertTrue(self.driver.initialized)
+        self.assertEqual([f'{first} Nodes.GetNode'], self.fleet.order)
+        self.fleet.agents[first].is_down = True
+        now.return_value += 60
+        self.assertTrue(self.driver.initialized)
+
     def test_the_service_is_up_while_any_node_answers(self) -> None:
         self.driver = self.make_driver(dmlocal_look_timeout=0.2)
         for letter in 'abc':
@@ -140,30 +177,45 @@ class Deadlines(DriverTestCase):
             driver = self.make_driver(dmlocal_endpoints=endpoints, dmlocal_look_timeout=0.3)
             volume = self.cinder.create()
             volume.host = f'{SERVICE}#node-b'
-            began = time.monotonic()
             with self.refused('node-b', 'does not answer'):
                 driver.extend_volume(volume, 2)
-            self.assertLess(time.monotonic() - began, 1.5)
 
-    def test_five_hundred_nodes_are_asked_within_seconds(self) -> None:
+    def test_every_call_has_the_deadline_of_its_kind(self) -> None:
+        driver = self.make_driver(dmlocal_look_timeout=3, dmlocal_call_timeout=30)
+        node, given = driver.fleet['node-a'], []
+
+        def method(request: Any, timeout: float) -> None:
+            given.append(timeout)
+
+        node.look(method, None)
+        node.call(method, None)
+        driver.fleet.ask(lambda node: method, None)
+        self.assertEqual([3, 30, 3, 3, 3], given)
+
+    def test_five_hundred_silent_nodes_fit_between_two_statistics(self) -> None:
+        defaults = {option.name: option.default for option in options.OPTIONS}
+        cfg.CONF.import_opt('backend_stats_polling_interval', 'cinder.volume.manager')
+        interval = cfg.CONF.backend_stats_polling_interval
+        rounds = -(-500 // defaults['dmlocal_at_once'])
+        self.assertLess(rounds * defaults['dmlocal_look_timeout'], interval)
+
+    def test_five_hundred_nodes_are_asked(self) -> None:
         names = [f'hv-{number:03}' for number in range(500)]
         server, endpoint = self.crowd(names)
         endpoints = dict.fromkeys(names, endpoint)
-        with socket.create_server(('127.0.0.1', 0)) as silent:
-            # Ten say nothing at all.
+        with socket.socket() as unused:
+            unused.bind(('127.0.0.1', 0))
+            # On ten nodes nobody listens.
             for name in names[::50]:
-                endpoints[name] = f'127.0.0.1:{silent.getsockname()[1]}'
+                endpoints[name] = f'127.0.0.1:{unused.getsockname()[1]}'
             driver = self.make_driver(
                 dmlocal_nodes=['hv-[000-499]'],
                 dmlocal_endpoints=endpoints,
-                dmlocal_look_timeout=2,
+                dmlocal_look_timeout=50,
             )
-            began = time.monotonic()
             stats = driver.get_volume_stats(refresh=True)
-            took = time.monotonic() - began
         server.stop(None)
         self.assertEqual(490, len(stats['pools']))
-        self.assertLess(took, 30)
 
     def crowd(self, names: list[str]) -> tuple[Any, str]:
         """One server that is many nodes."""
@@ -203,6 +255,7 @@ class Native(DriverTestCase):
         self.assertEqual((0, '4800\n'), (done.returncode, done.stdout), done.stderr)
 
     def test_questions_to_many_are_asked_at_the_same_time(self) -> None:
+        # Nobody is answered before all have been asked.
         meeting = threading.Barrier(3, timeout=10)
 
         def method(node: fleet.Node) -> Any:
