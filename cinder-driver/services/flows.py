@@ -6,7 +6,7 @@ at by whoever called it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.block import Cinder, agents
@@ -25,17 +25,17 @@ class Cloud:
     """All services, with a compute on each node of the fleet."""
 
     def __init__(
-        self, processes: Processes, endpoints: Mapping[str, str], machine: Machine
+        self,
+        processes: Processes,
+        endpoints: Mapping[str, str],
+        machine: Machine,
+        settings: Mapping[str, Any],
     ) -> None:
         folder = processes.folder
         self.nodes = list(endpoints)
         self.hypervisors = Hypervisors(folder / 'hypervisors', machine)
         infra = Infra(processes)
-        section = {
-            **agents(folder, endpoints),
-            'dmlocal_close_timeout': 1,
-            'dmlocal_look_timeout': 2,
-        }
+        section = {**agents(folder, endpoints), **settings}
         [port] = free_ports(1)
         # Cinder tells Nova that a volume has grown, and has it swap volumes.
         nova = {'auth_type': 'admin_token', 'token': TOKEN}
@@ -52,29 +52,36 @@ class Cloud:
         self.processes = processes
         self._migrated: dict[str, int] = {}
         self.servers.make_flavors()
+        for node in self.nodes:
+            # A type for those that are to be created there.
+            specs = {'pool_name': node}
+            self.volumes.call(
+                'POST', '/types', {'volume_type': {'name': node, 'extra_specs': specs}}
+            )
 
-    def wait_for_pools(self) -> None:
-        """Waits until Cinder's scheduler knows every node."""
-        self.cinder.wait(*(f'fleet@dmlocal#{node}' for node in self.nodes))
+    def wait_for_pools(self, nodes: Sequence[str] = ()) -> None:
+        """Waits until Cinder's scheduler knows these nodes, or all."""
+        self.cinder.wait(*(f'fleet@dmlocal#{node}' for node in nodes or self.nodes))
 
     def end(self) -> None:
         """Has the guests gone. Processes are ended by whoever began them."""
         self.hypervisors.end()
 
-    def declare_dead(self, *nodes: str) -> None:
+    def declare_dead(self, nodes: Sequence[str]) -> None:
         """An operator's word, which cinder-volume reads when it starts."""
         self.cinder.restart_volume({'dmlocal': {'dmlocal_dead_nodes': ', '.join(nodes)}})
 
     # Beginning
 
-    def volume(self, *, bootable: bool = False) -> str:
-        """A volume of 1 GiB."""
-        volume = str(self.volumes.create()['id'])
+    def volume(self, node: str | None = None, *, bootable: bool = False) -> str:
+        """A volume of 1 GiB, on a node that it is to be created on or on any."""
+        more = {'volume_type': node} if node else {}
+        volume = str(self.volumes.create(**more)['id'])
         if bootable:
             self.volumes.act(volume, os_set_bootable={'bootable': True})
         return volume
 
-    def boot(self, host: str | None, *volumes: str, states: tuple[str, ...] = ()) -> str:
+    def boot(self, host: str | None, volumes: Sequence[str], states: Sequence[str] = ()) -> str:
         """An instance that runs, or has one of these states."""
         server = self.servers.boot(host, *volumes)
         self.servers.wait(server, *(states or ('ACTIVE',)))
@@ -203,6 +210,12 @@ class Cloud:
         return str(self.servers.wait(server, *states)['status'])
 
     # A host's compute
+
+    def delete_attachment(self, volume: str, host: str) -> None:
+        """An operator deletes what Nova does not know of any more."""
+        rows = self.volumes.show(volume)['attachments']
+        [row] = [row for row in rows if row['host_name'] == host]
+        self.volumes.detach(row['attachment_id'])
 
     def kill_compute(self, host: str) -> None:
         """Kills it, and has Nova know that it is down."""

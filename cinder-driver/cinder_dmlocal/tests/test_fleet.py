@@ -254,7 +254,7 @@ class Native(DriverTestCase):
                 timeout=60,
                 check=False,
             )
-        self.assertEqual((0, '1600\n'), (done.returncode, done.stdout), done.stderr)
+        self.assertEqual((0, '4800\n'), (done.returncode, done.stdout), done.stderr)
 
     def test_questions_to_many_are_asked_at_the_same_time(self) -> None:
         # Nobody is answered before all have been asked.
