@@ -244,8 +244,9 @@ impl Nova {
         let mut line = String::new();
         self.answers.read_line(&mut line)?;
         let log = self.folder.path().join("stderr");
-        let answer: Value = serde_json::from_str(&line)
-            .with_context(|| format!("`{line}`: {}", fs::read_to_string(log).unwrap_or_default()))?;
+        let answer: Value = serde_json::from_str(&line).with_context(|| {
+            format!("`{line}`: {}", fs::read_to_string(log).unwrap_or_default())
+        })?;
         ensure!(answer["error"].is_null(), "{answer}");
         Ok(answer["is"].clone())
     }
