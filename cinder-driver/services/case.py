@@ -16,6 +16,9 @@ from services.processes import Processes
 
 NODES = ['node-a', 'node-b']
 
+# Another backend has this node as well, and is therefore another fleet to Cinder.
+SPARE = 'node-x'
+
 # Pretended agents need no patience.
 SETTINGS = {'dmlocal_close_timeout': 1, 'dmlocal_look_timeout': 2}
 
@@ -260,9 +263,11 @@ class Suite(unittest.TestSuite):
         with tempfile.TemporaryDirectory(prefix='dmlocal-services-') as name:
             folder = pathlib.Path(name)
             with Processes(folder) as processes:
-                fleet = FakeFleet(NODES)
+                fleet = FakeFleet([*NODES, SPARE])
                 keep_certificates(fleet, folder)
-                cloud = Cloud(processes, fleet.endpoints, FakeMachine(fleet), SETTINGS)
+                nodes = {node: fleet.endpoints[node] for node in NODES}
+                others = {'other': fleet.endpoints}
+                cloud = Cloud(processes, nodes, FakeMachine(fleet), SETTINGS, others)
                 NovaCase.fleet, NovaCase.cloud = fleet, cloud
                 try:
                     super().run(result, debug)

@@ -22,7 +22,10 @@ _STARTS_EVACUATED = '2.94'
 
 
 class Cloud:
-    """All services, with a compute on each node of the fleet."""
+    """All services, with a compute on each node of the fleet.
+
+    Other backends than the fleet's are named with the endpoints of their nodes.
+    """
 
     def __init__(
         self,
@@ -30,17 +33,21 @@ class Cloud:
         endpoints: Mapping[str, str],
         machine: Machine,
         settings: Mapping[str, Any],
+        others: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         folder = processes.folder
         self.nodes = list(endpoints)
         self.hypervisors = Hypervisors(folder / 'hypervisors', machine)
         infra = Infra(processes)
-        section = {**agents(folder, endpoints), **settings}
+        backends = {
+            name: {**agents(folder, nodes), **settings}
+            for name, nodes in {'dmlocal': endpoints, **(others or {})}.items()
+        }
         [port] = free_ports(1)
         # Cinder tells Nova that a volume has grown, and has it swap volumes.
         nova = {'auth_type': 'admin_token', 'token': TOKEN}
         more = {'nova': {**nova, 'endpoint': f'http://127.0.0.1:{port}/v2.1'}}
-        self.cinder = Cinder(processes, infra, {'dmlocal': section}, more)
+        self.cinder = Cinder(processes, infra, backends, more)
         self.nova = Nova(processes, infra, self.cinder, self.hypervisors, port)
         self.cinder.sync()
         self.cinder.start('api', 'scheduler', 'volume')
@@ -52,12 +59,15 @@ class Cloud:
         self.processes = processes
         self._migrated: dict[str, int] = {}
         self.servers.make_flavors()
+        # Types for those that are to be created on a node, or in a backend.
         for node in self.nodes:
-            # A type for those that are to be created there.
-            specs = {'pool_name': node}
-            self.volumes.call(
-                'POST', '/types', {'volume_type': {'name': node, 'extra_specs': specs}}
-            )
+            self._add_type(node, {'pool_name': node})
+        for name in backends:
+            self._add_type(name, {'volume_backend_name': name})
+
+    def _add_type(self, name: str, specs: dict[str, str]) -> None:
+        body = {'volume_type': {'name': name, 'extra_specs': specs}}
+        self.volumes.call('POST', '/types', body)
 
     def wait_for_pools(self, nodes: Sequence[str] = ()) -> None:
         """Waits until Cinder's scheduler knows these nodes, or all."""

@@ -19,7 +19,7 @@ import threading
 import uuid
 from typing import Any, Protocol
 
-LATER = 120.0
+LATER = 600.0
 
 
 def ask(path: str, event: dict[str, Any]) -> Any:

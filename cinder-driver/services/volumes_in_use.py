@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.case import NovaCase
+from services.case import Guest, NovaCase
 from services.clients import Refused
 
 A, B = 'node-a', 'node-b'
@@ -119,13 +119,7 @@ class InUse(NovaCase):
     # Another volume in its place
 
     def test_a_volume_that_an_operator_migrates_is_used_from_afar(self) -> None:
-        guest = self.guest(A)
-        # Of no type, since the others' forbid another node.
-        data = self.cloud.volume()
-        self.cloud.attach(guest.server, data)
-        guest.add(data)
-        guest.arrive()
-        guest.write()
+        guest, data = self._guest_with_another()
         self._migrate_in_use(data, 'fleet@dmlocal#node-b')
         guest.is_copied(data)
         self.assertEqual({A: 'REMOTE', B: 'FENCED'}, self.fleet.where(guest.id(data)))
@@ -142,7 +136,42 @@ class InUse(NovaCase):
         guest.arrive()
         guest.finish()
 
+    def test_a_volume_in_use_changes_its_backend_and_back(self) -> None:
+        guest, data = self._guest_with_another()
+        for backend in ('other', 'dmlocal'):
+            self._retype_in_use(data, backend)
+            guest.is_copied(data)
+            guest.write()
+            self.assertEqual(A, guest.host)
+            guest.reads()
+            self.until(
+                'Cinder does not attach it', lambda: self.rows(data) == [('attached', A)]
+            )
+        guest.arrive()
+        guest.finish()
+
     # Helpers
+
+    def _guest_with_another(self) -> tuple[Guest, str]:
+        """A guest that has a volume of the backend, of any node, as well."""
+        guest = self.guest(A)
+        data = self.cloud.volume('dmlocal')
+        self.cloud.attach(guest.server, data)
+        guest.add(data)
+        guest.arrive()
+        guest.write()
+        return guest, data
+
+    def _retype_in_use(self, volume: str, backend: str) -> None:
+        body = {'new_type': backend, 'migration_policy': 'on-demand'}
+        self.cloud.volumes.act(volume, os_retype=body)
+
+        def is_done() -> bool:
+            row = self.cloud.volumes.show(volume)
+            self.assertNotEqual('error', row['os-vol-mig-status-attr:migstat'], row)
+            return row['volume_type'] == backend and row['status'] == 'in-use'
+
+        self.until(f'{volume} does not become {backend}', is_done)
 
     def _migrate_in_use(self, volume: str, host: str) -> None:
         body = {'host': host, 'force_host_copy': False, 'lock_volume': False}
