@@ -42,7 +42,7 @@ from oslo_config import cfg
 from oslo_log import log as logging
 
 PORT = 18779
-SOON = 60.0
+SOON = 180.0
 
 
 class Trusting(auth.NoAuthMiddlewareBase):
@@ -117,10 +117,13 @@ fixed_key = {'0' * 64}
 """
 
 
-def start(folder: pathlib.Path, nodes: dict[str, str]) -> list[Any]:
-    """Starts the three services; gives them so that somebody keeps them."""
+def start(folder: pathlib.Path, nodes: dict[str, str], more: str = '') -> list[Any]:
+    """Starts the three services; gives them so that somebody keeps them.
+
+    What `more` of the configuration says counts more.
+    """
     path = folder / 'cinder.conf'
-    path.write_text(configuration(folder, nodes))
+    path.write_text(configuration(folder, nodes) + more)
     objects.register_all()
     cfg.CONF(['--config-file', str(path)], project='cinder', version=version.version_string())
     logging.setup(cfg.CONF, 'cinder')
@@ -219,10 +222,14 @@ class Orders:
         return self._wait_snapshot(snapshot, 'gone', 'error_deleting')
 
     def _wait_snapshot(self, snapshot: str, *states: str) -> dict[str, Any]:
+        return self.wait_for('snapshot', snapshot, *states)
+
+    def wait_for(self, kind: str, which: str, *states: str) -> dict[str, Any]:
+        """Until a snapshot or backup has one of these states; `gone` is one."""
         until = time.monotonic() + SOON
         while True:
-            answer = self.call('GET', f'/snapshots/{snapshot}')
-            status = answer['body'].get('snapshot', {'status': 'gone'})['status']
+            answer = self.call('GET', f'/{kind}s/{which}')
+            status = answer['body'].get(kind, {'status': 'gone'})['status']
             if status in states or time.monotonic() > until:
                 return {'status': status}
             eventlet.sleep(0.1)
@@ -253,15 +260,17 @@ def obey(orders: Orders, answers: Any) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def main() -> None:
+def main(
+    begin: Callable[..., list[Any]] = start, orders_of: Callable[[], Orders] = Orders
+) -> None:
     """Begins, and ends with standard input."""
     folder = pathlib.Path(sys.argv[1])
     nodes = dict(argument.split('=', 1) for argument in sys.argv[2:])
     # What libraries print is not an answer.
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
-    kept = start(folder, nodes)
-    orders = Orders()
+    kept = begin(folder, nodes)
+    orders = orders_of()
     alive = sum(1 for endpoint in nodes.values() if endpoint)
     print(json.dumps(orders.up(alive)), file=answers, flush=True)
     obey(orders, answers)
