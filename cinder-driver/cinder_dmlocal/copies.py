@@ -8,12 +8,14 @@ the guest's first write at its new node switched it over, is found all the same.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from cinder_dmlocal import errors
 from cinder_dmlocal.fleet import Fleet, Node
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
+
+T = TypeVar('T')
 
 # States in which a copy is the volume: nobody else has the right to write.
 _OWNERS = frozenset(
@@ -173,6 +175,22 @@ def find(fleet: Fleet, known: Known, first: str | None = None) -> Found:
     if found.owner is None and _is_absent(found.failed.get(known.home)):
         _ask_the_rest(found)
     return found
+
+
+def where_written(fleet: Fleet, known: Known, act: Callable[[Copy], T]) -> tuple[Copy, T]:
+    """Does something to a volume where it is written, and tells which copy that was.
+
+    A switch may come between the look and the act: what is refused then is done where
+    the volume has gone.
+    """
+    owner = find(fleet, known).must_have_owner()
+    try:
+        return owner, act(owner)
+    except errors.Refused:
+        later = find(fleet, known).must_have_owner()
+        if later.node is owner.node and later.volume.generation == owner.volume.generation:
+            raise
+    return later, act(later)
 
 
 def _follow(found: Found, names: Iterable[str]) -> None:

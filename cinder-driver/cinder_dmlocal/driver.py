@@ -11,17 +11,18 @@ while another host uses the volume: what is exported is the agents' affair.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import decorator
-from cinder import coordination, exception, interface
+from cinder import coordination, exception, interface, objects
 from cinder.volume import configuration as volume_configuration
 from cinder.volume import driver, volume_utils
 from oslo_config import cfg
 from oslo_log import log as logging
 
-from cinder_dmlocal import errors, manage, options, stats
+from cinder_dmlocal import cached, errors, manage, messages, options, stats
 from cinder_dmlocal.copies import Known
 from cinder_dmlocal.fleet import Fleet, Node
 from cinder_dmlocal.snapshots import KnownSnapshot, Snapshots
@@ -32,8 +33,7 @@ LOG = logging.getLogger(__name__)
 
 cfg.CONF.register_opts(options.OPTIONS, group=volume_configuration.SHARED_CONF_GROUP)
 
-# Statuses in which whoever attaches a volume is an instance. In every other it is Cinder
-# itself: image copies, host-assisted migration, backups.
+# Statuses in which whoever attaches a volume is an instance.
 _CONSUMED = frozenset({'reserved', 'attaching', 'in-use', 'detaching'})
 
 # Cinder removes locks that begin with a volume's id together with the volume.
@@ -76,7 +76,9 @@ class DmLocalDriver(driver.VolumeDriver):
             raise exception.InvalidConfigurationValue(
                 option='dmlocal_*', value=str(error)
             ) from error
-        self._settings = settings
+        if self._fleet is not None:
+            # Cinder begins again where no node has answered.
+            self._fleet.close()
         self._fleet = Fleet(settings)
         self._volumes = Volumes(self._fleet, settings)
         self._snapshots = Snapshots(self._fleet, self._volumes)
@@ -112,30 +114,65 @@ class DmLocalDriver(driver.VolumeDriver):
     @_told
     @_of_volume
     def create_volume_from_snapshot(self, volume: Any, snapshot: Any) -> None:
-        """Makes a volume of a snapshot; on another node it is copied in the background."""
+        """Makes a volume of a snapshot, where that is."""
         _must_not_be_shared(volume)
-        at = self._snapshots.find(_known_snapshot(snapshot)).node
-        origin = pb.Origin(snapshot_id=_snapshot_id(snapshot))
-        self._volumes.create_of(
-            volume.name_id, volume.size, origin, at, self._node(_home(volume))
-        )
+        with messages.of_failure(volume, messages.CREATE, asked=bool(volume.snapshot_id)):
+            at = self._snapshots.find(_known_snapshot(snapshot)).node
+            self._make_of(volume, pb.Origin(snapshot_id=_snapshot_id(snapshot)), at)
 
     @_told
     @_of_volume
     def create_cloned_volume(self, volume: Any, src_vref: Any) -> None:
-        """Makes a volume of another as it is now, used or not."""
+        """Makes a volume of another as it is now, used or not, where that is."""
         _must_not_be_shared(volume)
-        at = self._volumes.find_local(_known(src_vref)).node
-        origin = pb.Origin(volume_id=src_vref.name_id)
-        self._volumes.create_of(
-            volume.name_id, volume.size, origin, at, self._node(_home(volume))
-        )
+        with messages.of_failure(volume, messages.CREATE, asked=bool(volume.source_volid)):
+            at = self._volumes.find_local(_known(src_vref)).node
+            self._make_of(volume, pb.Origin(volume_id=src_vref.name_id), at)
+
+    def clone_image(
+        self,
+        context: Any,
+        volume: Any,
+        image_location: Any,
+        image_meta: dict[str, Any],
+        image_service: Any,
+    ) -> tuple[dict[str, Any] | None, bool]:
+        """Makes a volume of one in the image cache that Cinder itself would not find."""
+        source = cached.source(self.db, volume, image_meta)
+        if source is None:
+            return None, False
+        try:
+            self.create_cloned_volume(volume, source)
+        except exception.CinderException as error:
+            LOG.warning('Volume %s is not made of a cached one: %s', volume.id, error)
+            return None, False
+        return {}, True
+
+    def _make_of(self, volume: Any, origin: pb.Origin, at: Node) -> None:
+        """Makes a volume on the node that has its origin, and copies nothing.
+
+        If that has no room, or has begun to hand it over, it is received where the
+        scheduler wants it. Its record says where it is before it is there, so that it is
+        found whatever happens.
+        """
+        chosen = self._node(_home(volume))
+        self._follow(volume, Placed(at.name))
+        try:
+            return self._volumes.create_of(volume.name_id, volume.size, origin, at)
+        except errors.Refused as refusal:
+            if refusal.reason not in {'NO_ROOM', 'VOLUME_EXISTS'} or at is chosen:
+                raise
+            LOG.info('Volume %s: %s', volume.id, refusal.msg)
+        self._follow(volume, Placed(chosen.name))
+        self._volumes.receive_of(volume.name_id, volume.size, origin, at, chosen)
+        return None
 
     @_told
     @_of_volume
     def delete_volume(self, volume: Any) -> None:
-        """Deletes a volume, wherever it is."""
-        self._volumes.delete(_known(volume))
+        """Deletes a volume, wherever it is; one in use stays available."""
+        with errors.busy(exception.VolumeIsBusy):
+            self._volumes.delete(_known(volume))
 
     @_told
     @_of_volume
@@ -165,14 +202,14 @@ class DmLocalDriver(driver.VolumeDriver):
     ) -> dict[str, Any]:
         """Makes the device exist on the connector's host; repeating gives the same."""
         node = self._node(self._host(connector))
-        _must_be_one_instance(volume)
-        visits = volume.status not in _CONSUMED
-        placed = self._volumes.attach(_known(volume), node, visits=visits)
+        visits = _is_visited(volume)
+        with messages.of_failure(volume, messages.ATTACH, asked=not visits):
+            _must_be_one_instance(volume)
+            stays = visits or self._is_sent(volume)
+            placed = self._volumes.attach(_known(volume), node, visits=stays)
         self._follow(volume, placed)
-        return {
-            'driver_volume_type': 'local',
-            'data': {'device_path': placed.device_path},
-        }
+        data = {'device_path': placed.device_path}
+        return {'driver_volume_type': 'local', 'data': data}
 
     @_told
     @_of_volume
@@ -184,11 +221,21 @@ class DmLocalDriver(driver.VolumeDriver):
         Without a connector, from every host that an attachment names.
         """
         known = _known(volume)
-        hosts = dict.fromkeys(known.hosts) if connector is None else [self._host(connector)]
-        for host in hosts:
-            placed = self._volumes.detach(known, host)
-            if placed is not None:
-                self._follow(volume, placed)
+        if connector:
+            hosts = [_named(connector)]
+        else:
+            hosts = list(dict.fromkeys(known.hosts))
+            known = dataclasses.replace(known, hosts=tuple(hosts))
+        with messages.of_failure(volume, messages.DETACH):
+            for host in hosts:
+                self._detach(volume, known, host)
+
+    def _detach(self, volume: Any, known: Known, host: str) -> None:
+        if host not in self.fleet:
+            LOG.warning('Volume %s: %s is no node of the fleet any more.', volume.id, host)
+        placed = self._volumes.detach(known, host)
+        if placed is not None:
+            self._follow(volume, placed)
 
     # Snapshots
 
@@ -204,7 +251,8 @@ class DmLocalDriver(driver.VolumeDriver):
     @_of_snapshot
     def delete_snapshot(self, snapshot: Any) -> None:
         """Deletes a snapshot, as soon as nothing is copied from it."""
-        self._snapshots.delete(_known_snapshot(snapshot))
+        with errors.busy(exception.SnapshotIsBusy):
+            self._snapshots.delete(_known_snapshot(snapshot))
 
     @_told
     @_of_volume
@@ -214,7 +262,8 @@ class DmLocalDriver(driver.VolumeDriver):
         Where it has left the snapshot's node, NotImplementedError has Cinder copy the
         snapshot's content instead.
         """
-        if not self._snapshots.revert(_known_snapshot(snapshot)):
+        taken = self._snapshots.find(_known_snapshot(snapshot))
+        if not self._volumes.revert(_known(volume), taken.snapshot.id, taken.node):
             raise NotImplementedError()
 
     # Moving
@@ -238,8 +287,11 @@ class DmLocalDriver(driver.VolumeDriver):
     @_of_volume
     def retype(
         self, context: Any, volume: Any, new_type: Any, diff: Any, host: dict[str, Any]
-    ) -> bool:
-        """Changes the type; on another node of the fleet, the volume moves there."""
+    ) -> bool | tuple[bool, dict[str, Any]]:
+        """Changes the type; a volume that nobody uses moves where the scheduler wants it.
+
+        One in use stays with its guest, and that is what Cinder is told.
+        """
         if '<is> true' in str((new_type.get('extra_specs') or {}).get('multiattach')).lower():
             raise exception.InvalidVolumeType(reason=_NOT_SHARED)
         if diff.get('encryption') and any(diff['encryption'].values()):
@@ -247,9 +299,13 @@ class DmLocalDriver(driver.VolumeDriver):
         target = self._target(host)
         if target is None:
             return False
-        if target.name != _home(volume):
+        if target.name == _home(volume):
+            return True
+        try:
             return self._migrate(volume, host)
-        return True
+        except errors.InUse as error:
+            LOG.info('Volume %s stays where it is: %s', volume.id, error)
+            return True, {'host': volume.host, 'cluster_name': volume.cluster_name}
 
     def update_migrated_volume(
         self, ctxt: Any, volume: Any, new_volume: Any, original_volume_status: str
@@ -268,7 +324,8 @@ class DmLocalDriver(driver.VolumeDriver):
         """Takes a volume of the agents' over; it keeps its id there."""
         _must_not_be_shared(volume)
         found = manage.volume(self._node(_home(volume)), existing_ref)
-        return {'_name_id': found.id if found.id != volume.id else None}
+        manage.must_be_new(objects.Volume, objects.VolumeList, '_name_id', found.id)
+        return {'_name_id': found.id}
 
     @_told
     def manage_existing_get_size(self, volume: Any, existing_ref: dict[str, Any]) -> int:
@@ -302,6 +359,8 @@ class DmLocalDriver(driver.VolumeDriver):
     ) -> dict[str, Any]:
         """Takes a snapshot of the agents' over; it keeps its id there."""
         taken = manage.snapshot(self._snapshots, _known(snapshot.volume), existing_ref)
+        of = taken.snapshot.id
+        manage.must_be_new(objects.Snapshot, objects.SnapshotList, 'provider_id', of)
         return {'provider_id': taken.snapshot.id, 'provider_location': taken.node.name}
 
     @_told
@@ -341,12 +400,12 @@ class DmLocalDriver(driver.VolumeDriver):
         return self.fleet[name]
 
     def _host(self, connector: dict[str, Any]) -> str:
-        host = connector.get('host')
-        if not host or host not in self.fleet:
+        host = _named(connector)
+        if host not in self.fleet:
             LOG.error('No agent is known on host %s (dmlocal_nodes).', host)
             missing = f'a node of the fleet as its host (dmlocal_nodes), not {host}'
             raise exception.InvalidConnectorException(missing=missing)
-        return str(host)
+        return host
 
     def _target(self, host: dict[str, Any]) -> Node | None:
         """The node that Cinder means, if it is one of this backend's."""
@@ -356,15 +415,26 @@ class DmLocalDriver(driver.VolumeDriver):
             return None
         return self.fleet[name]
 
+    def _is_sent(self, volume: Any) -> bool:
+        """Whether an operator wants a volume in use to be on another node than its guest.
+
+        Cinder has Nova copy it to a new volume there then, and that one stays.
+        """
+        status, _, origin_id = (volume.migration_status or '').partition(':')
+        if status != 'target':
+            return False
+        origin = objects.Volume.get_by_id(volume._context, origin_id)
+        return _home(origin) in self.fleet and _section(origin) == _section(volume)
+
     def _follow(self, volume: Any, placed: Placed) -> None:
         """Has Cinder's record say where the volume is now."""
-        host = volume_utils.append_host(
-            volume_utils.extract_host(volume.host, 'backend'), placed.home
-        )
-        if host != volume.host and placed.home in self.fleet:
-            LOG.info('Volume %s is on %s now.', volume.id, host)
-            volume.host = host
-            volume.save()
+        if placed.home == _home(volume) or placed.home not in self.fleet:
+            return
+        volume.host = _in_pool(volume.host, placed.home)
+        if volume.cluster_name:
+            volume.cluster_name = _in_pool(volume.cluster_name, placed.home)
+        LOG.info('Volume %s is on %s now.', volume.id, volume.host)
+        volume.save()
 
 
 _NOT_SHARED = 'dmlocal has one node write a volume at a time; it does not support multiattach'
@@ -372,6 +442,33 @@ _NOT_SHARED = 'dmlocal has one node write a volume at a time; it does not suppor
 
 def _home(volume: Any) -> str:
     return volume_utils.extract_host(volume.host, 'pool') or ''
+
+
+def _section(volume: Any) -> str:
+    """The backend's name in cinder.conf, which all services of a cluster share."""
+    return str(volume_utils.extract_host(volume.host, 'backend')).partition('@')[2]
+
+
+def _in_pool(host: str, name: str) -> str:
+    backend = volume_utils.extract_host(host, 'backend')
+    return str(volume_utils.append_host(backend, name))
+
+
+def _named(connector: dict[str, Any]) -> str:
+    host = connector.get('host')
+    if not host:
+        raise exception.InvalidConnectorException(missing='host')
+    return str(host)
+
+
+def _is_visited(volume: Any) -> bool:
+    """Whether Cinder itself attaches a volume: for an image, a backup, a migration.
+
+    What it copies for itself it may call in use, although no attachment is there.
+    """
+    if volume.status == 'in-use':
+        return not volume.volume_attachment
+    return volume.status not in _CONSUMED
 
 
 def _known(volume: Any) -> Known:

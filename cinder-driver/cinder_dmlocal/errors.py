@@ -7,11 +7,13 @@ one of the exceptions here; what a user or operator of Cinder sees is decided on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
-import grpc
 from cinder import exception
 from google.rpc import error_details_pb2, status_pb2
+
+from cinder_dmlocal.native import grpc
 
 DOMAIN = 'dmlocal'
 
@@ -45,6 +47,17 @@ class Refused(AgentError):
         super().__init__(node, f'node {node}: {text} ({reason})')
         self.reason = reason
         self.metadata = dict(metadata)
+
+
+class Undecided(exception.MetadataUpdateFailure):
+    """A volume may have been made although its node has not said so.
+
+    Cinder tries another node after most failures of a creation, and forgets the first.
+    This is of a class of which it does not: the volume, made or not, is still where
+    Cinder's record says, and is deleted there.
+    """
+
+    message = '%(why)s; the volume may have been made there all the same.'
 
 
 class InUse(exception.VolumeBackendAPIException):
@@ -91,6 +104,7 @@ def of_call(node: str, error: grpc.RpcError) -> AgentError:
 # What a caller of Cinder can do something about, beyond an operator's reading of logs.
 _ADVICE: Mapping[str, str] = {
     'NO_ROOM': 'choose another node, or make room there',
+    'ALWAYS_REMOTE': "volumes of that size are only used remotely there, by the node's rule",
     'POOL_MISSING': "the node's pool must be brought back",
     'VOLUME_MOVING': 'wait until the volume has arrived, then repeat',
     'CHAIN_TOO_DEEP': 'wait until the volume has arrived, then repeat',
@@ -108,6 +122,33 @@ _ADVICE: Mapping[str, str] = {
     'TARGET_MISSING': "the node's kernel lacks what a move needs",
     'ROLE_FORBIDDEN': 'the certificate of this service is not of the role driver',
 }
+
+
+# Refusals that end by themselves: what was to be deleted stays as it is until then.
+_PASSING = frozenset(
+    {
+        'SNAPSHOT_IN_USE',
+        'VOLUME_BUSY',
+        'VOLUME_FENCED',
+        'VOLUME_MOVING',
+        'VOLUME_PUBLISHED',
+        'VOLUME_REMOTE',
+        'VOLUME_REVERTING',
+    }
+)
+
+
+@contextlib.contextmanager
+def busy(cls: type[exception.CinderException]) -> Iterator[None]:
+    """Has Cinder leave what cannot be deleted yet as it was, instead of in an error."""
+    try:
+        yield
+    except InUse as error:
+        raise cls(str(error)) from error
+    except Refused as refusal:
+        if refusal.reason not in _PASSING:
+            raise
+        raise cls(for_cinder(refusal)) from refusal
 
 
 def for_cinder(error: AgentError) -> str:

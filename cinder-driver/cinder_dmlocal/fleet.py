@@ -3,24 +3,19 @@
 One channel for each node, made when the driver starts and connected when it is first
 used; mutual TLS, in which the other end must prove to be *that* node, whatever address
 it was found under. Every call has a deadline.
-
-grpc waits in native code, which would stop every green thread of a process that
-eventlet has patched: there, calls go through eventlet's native threads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-import grpc
 from oslo_log import log as logging
 
-from cinder_dmlocal import errors
+from cinder_dmlocal import errors, native
+from cinder_dmlocal.native import grpc
 from cinder_dmlocal.options import Settings
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
 from cinder_dmlocal.wire import dmlocal_pb2_grpc as pb_grpc
@@ -29,25 +24,8 @@ LOG = logging.getLogger(__name__)
 
 T = TypeVar('T')
 
-
-def natively(act: Callable[[], T]) -> T:
-    """Does what blocks in native code, so that green threads go on meanwhile."""
-    if not _is_green():
-        return act()
-    from eventlet import tpool  # noqa: PLC0415 - eventlet is Cinder's choice, not ours
-
-    return tpool.execute(act)
-
-
-def _is_green() -> bool:
-    # Not imported: where nobody has, nothing is patched.
-    patcher = sys.modules.get('eventlet.patcher')
-    return patcher is not None and bool(patcher.is_monkey_patched('thread'))
-
-
-def _threading() -> Any:
-    """The module threading as it is without eventlet."""
-    return sys.modules['eventlet.patcher'].original('threading') if _is_green() else threading
+# For how many timeouts it is believed that nodes answer, and how many are asked then.
+_FRESH, _FEW = 3, 8
 
 
 class Node:
@@ -90,12 +68,12 @@ class Node:
 
     def look(self, method: Callable[..., T], request: Any) -> T:
         """Asks for what the agent knows. Raises errors.AgentError."""
-        return natively(lambda: self.blocking(method, request))
+        return native.natively(lambda: self.blocking(method, request))
 
     def call(self, method: Callable[..., T], request: Any) -> T:
         """Has the agent do something. Raises errors.AgentError."""
         timeout = self._settings.call_timeout
-        return natively(lambda: self.blocking(method, request, timeout))
+        return native.natively(lambda: self.blocking(method, request, timeout))
 
     def blocking(
         self, method: Callable[..., T], request: Any, timeout: float | None = None
@@ -120,6 +98,12 @@ class Answers:
     given: Mapping[str, Any]
     failed: Mapping[str, errors.AgentError]
 
+    @property
+    def came(self) -> list[str]:
+        """The nodes that have answered, and be it by refusing."""
+        refused = (n for n, e in self.failed.items() if not isinstance(e, errors.Unreachable))
+        return [*self.given, *refused]
+
 
 class Fleet:
     """All nodes that the configuration names."""
@@ -135,8 +119,9 @@ class Fleet:
             name: Node(name, endpoint, credentials, settings)
             for name, endpoint in settings.endpoints.items()
         }
-        # What the last question to everybody has shown, and when that was.
-        self._is_reachable, self._asked = True, 0.0
+        # What was last known of the fleet, and when: whether any node answers, and which.
+        self._is_reachable, self._known_at = True, time.monotonic()
+        self._answering = self.names
 
     def __contains__(self, name: str) -> bool:
         """Whether a node of that name is configured."""
@@ -163,15 +148,16 @@ class Fleet:
         `dmlocal_at_once` nodes.
         """
         nodes = [self._nodes[name] for name in (self.names if names is None else names)]
-        answers = natively(lambda: self._ask(nodes, method, request))
+        answers = native.natively(lambda: self._ask(nodes, method, request))
         if names is None:
-            self._is_reachable, self._asked = bool(answers.given), time.monotonic()
+            self._is_reachable, self._known_at = bool(answers.came), time.monotonic()
+            self._answering = answers.came
         return answers
 
     def _ask(
         self, nodes: list[Node], method: Callable[[Node], Callable[..., Any]], request: Any
     ) -> Answers:
-        native = _threading()
+        threading = native.threading()
         given: dict[str, Any] = {}
         failed: dict[str, errors.AgentError] = {}
         waiting = list(reversed(nodes))
@@ -189,7 +175,7 @@ class Fleet:
                     failed[node.name] = error
 
         count = min(len(nodes), self._settings.at_once)
-        workers = [native.Thread(target=worker, daemon=True) for _ in range(count)]
+        workers = [threading.Thread(target=worker, daemon=True) for _ in range(count)]
         for thread in workers:
             thread.start()
         for thread in workers:
@@ -215,12 +201,23 @@ class Fleet:
     def answers(self) -> bool:
         """Whether any node answers, as far as is known.
 
-        The statistics tell; once they have found nobody, everybody is asked again, but
-        not more often than the timeout for looks.
+        The statistics tell, but seldom. In between a few of those are asked that did
+        answer, and everybody once none of them does; while nobody has, not more often
+        than the timeout for looks.
         """
-        if self._is_reachable or time.monotonic() - self._asked < self._settings.look_timeout:
+        timeout = self._settings.look_timeout
+        fresh = _FRESH * timeout if self._is_reachable else timeout
+        if time.monotonic() - self._known_at < fresh:
             return self._is_reachable
-        return bool(self.ask(lambda node: node.nodes.GetNode, pb.GetNodeRequest()).given)
+        few = self._answering[:_FEW]
+        if few and self._are_there(few):
+            self._known_at = time.monotonic()
+            return True
+        return self._are_there(None)
+
+    def _are_there(self, names: list[str] | None) -> bool:
+        answers = self.ask(lambda node: node.nodes.GetNode, pb.GetNodeRequest(), names)
+        return bool(answers.came)
 
     def close(self) -> None:
         """Ends all channels."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cinder import exception
+from cinder import context, exception
 from oslo_utils import units, uuidutils
 
 from cinder_dmlocal import errors
@@ -17,6 +17,16 @@ from cinder_dmlocal.copies import Known
 from cinder_dmlocal.fleet import Fleet, Node
 from cinder_dmlocal.snapshots import KnownSnapshot, Snapshots, Taken
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
+
+
+def must_be_new(row: Any, rows: Any, key: str, agents_id: str) -> None:
+    """Refuses what Cinder has already, by its own id or by the one that agents know.
+
+    Two rows for one volume would each be deleted with what the other holds.
+    """
+    admin = context.get_admin_context()
+    if row.exists(admin, agents_id) or rows.get_all(admin, filters={key: agents_id}):
+        raise exception.ManageExistingAlreadyManaged(volume_ref=agents_id)
 
 
 def size_gib(size_bytes: int) -> int:

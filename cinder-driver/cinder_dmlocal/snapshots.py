@@ -13,7 +13,7 @@ from typing import Any
 from oslo_log import log as logging
 
 from cinder_dmlocal import errors
-from cinder_dmlocal.copies import Known, find
+from cinder_dmlocal.copies import Copy, Known
 from cinder_dmlocal.fleet import Fleet, Node
 from cinder_dmlocal.volumes import Volumes
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
@@ -80,10 +80,12 @@ class Snapshots:
 
     def create(self, known: KnownSnapshot) -> Node:
         """Takes a snapshot where its volume is written; that node is the answer."""
-        node = self._volumes.find_local(known.volume).node
         request = pb.CreateSnapshotRequest(id=known.id, volume_id=known.volume.id)
-        node.call(node.snapshots.Create, request)
-        return node
+
+        def take(owner: Copy) -> None:
+            owner.node.call(owner.node.snapshots.Create, request)
+
+        return self._volumes.where_written(known.volume, take).node
 
     def delete(self, known: KnownSnapshot) -> None:
         """Deletes a snapshot, as soon as nothing reads it; one that is nowhere is deleted."""
@@ -95,16 +97,3 @@ class Snapshots:
         incarnation = taken.snapshot.incarnation
         request = pb.DeleteSnapshotRequest(id=known.id, defer=True, incarnation=incarnation)
         taken.node.call(taken.node.snapshots.Delete, request)
-
-    def revert(self, known: KnownSnapshot) -> bool:
-        """Takes a volume back to a snapshot of it, at once or not at all.
-
-        False if the volume is not on the snapshot's node any more.
-        """
-        taken = self.find(known)
-        owner = find(self._fleet, known.volume).must_have_owner()
-        if owner.node is not taken.node:
-            return False
-        request = pb.RevertVolumeRequest(snapshot_id=known.id, **owner.which())
-        owner.node.call(owner.node.volumes.Revert, request)
-        return True

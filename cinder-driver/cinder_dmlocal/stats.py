@@ -37,6 +37,8 @@ def of(driver: DmLocalDriver) -> dict[str, Any]:
         'vendor_name': 'dmlocal',
         'driver_version': driver.VERSION,
         'storage_protocol': 'local',
+        # Without this, Cinder would keep its image-volume cache for each pool apart.
+        'clone_across_pools': True,
         'pools': [_pool(driver, name, pool) for name, pool in sorted(pools.given.items())],
     }
 

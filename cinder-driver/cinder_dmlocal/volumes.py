@@ -1,23 +1,22 @@
 """What the driver has the agents do with volumes.
 
 Every function begins by finding the volume (`copies`), so that repeating one goes on
-from wherever the last one was interrupted. The trace of a move is the grant at the node
-that has the volume: it is made first and taken back last, so that whoever comes next sees
-that there is something to go on with or to clear away.
+from wherever the last one was interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from oslo_log import log as logging
 from oslo_utils import units
 
-from cinder_dmlocal import errors
-from cinder_dmlocal.copies import Copy, Found, Known, find
+from cinder_dmlocal import errors, handover
+from cinder_dmlocal.copies import Copy, Found, Known, find, where_written
 from cinder_dmlocal.fleet import Fleet, Node
 from cinder_dmlocal.options import Settings
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
@@ -36,6 +35,15 @@ class Placed:
     device_path: str = ''
 
 
+@contextlib.contextmanager
+def _undecided() -> Iterator[None]:
+    """What is inside makes a volume: if no answer comes, it may be there."""
+    try:
+        yield
+    except errors.Unreachable as error:
+        raise errors.Undecided(why=error.msg) from error
+
+
 class Volumes:
     """The volumes of the fleet.
 
@@ -50,43 +58,65 @@ class Volumes:
     # Beginning and end
 
     def create(self, volume_id: str, size_gib: int, node: Node) -> None:
-        """Creates a blank volume on a node."""
-        node.call(
-            node.volumes.Create,
-            pb.CreateVolumeRequest(
-                id=volume_id, size_bytes=size_gib * units.Gi, pool=self._settings.pool
-            ),
-        )
+        """Creates a blank volume on a node.
 
-    def create_of(
+        Raises errors.Undecided if that may have been done although nobody has said so.
+        """
+        # A node that does not answer this has not been asked for anything.
+        self._look(node, volume_id)
+        request = pb.CreateVolumeRequest(
+            id=volume_id, size_bytes=size_gib * units.Gi, pool=self._settings.pool
+        )
+        with _undecided():
+            node.call(node.volumes.Create, request)
+
+    def create_of(self, volume_id: str, size_gib: int, origin: pb.Origin, at: Node) -> None:
+        """Makes a volume of a snapshot or volume on the node that has that.
+
+        Nothing is copied. If the node refuses, nothing is left there. Raises
+        errors.Undecided if it may have been made although nobody has said so.
+        """
+        request = pb.CreateVolumeRequest(id=volume_id, source=origin)
+        with _undecided():
+            volume = at.call(at.volumes.Create, request)
+            self._grow_new(Copy(at, volume), size_gib)
+
+    def receive_of(
         self, volume_id: str, size_gib: int, origin: pb.Origin, at: Node, node: Node
     ) -> None:
         """Makes a volume on `node` of a snapshot or volume that is on the node `at`.
 
-        On the same node nothing is copied. On another it is usable at once, and copied
-        in the background.
+        It is usable at once, and copied in the background. Raises errors.Undecided if it
+        may have been made although nobody has said so.
         """
-        if at is node:
-            request = pb.CreateVolumeRequest(id=volume_id, source=origin)
-            volume = node.call(node.volumes.Create, request)
-        else:
-            volume = self._receive_new(volume_id, origin, at, node)
-        size = size_gib * units.Gi
-        if volume.size_bytes < size:
-            which = Copy(node, volume).which()
-            node.call(node.volumes.Extend, pb.ExtendVolumeRequest(size_bytes=size, **which))
+        there = self._look(node, volume_id)
+        with _undecided():
+            if there is None or there.source != origin:
+                there = self._receive_new(volume_id, origin, at, node)
+            self._grow_new(Copy(node, there), size_gib)
 
     def _receive_new(
         self, volume_id: str, origin: pb.Origin, at: Node, node: Node
     ) -> pb.Volume:
-        there = self._look(node, volume_id)
-        if there is not None and there.source == origin:
-            return there
         begun = self._look(at, volume_id)
         if begun is not None and Copy(at, begun).is_offered:
             # For a receive that never came.
-            self._revoke(at, volume_id, begun.grant_id)
-        return self._move(volume_id, at, node, hold=False, origin=origin).volume
+            handover.revoke(at, volume_id, begun.grant_id)
+        pool = self._settings.pool
+        return handover.move(volume_id, at, node, pool, hold=False, origin=origin).volume
+
+    @staticmethod
+    def _grow_new(copy: Copy, size_gib: int) -> None:
+        """Grows a volume that was made of a smaller one, or takes it away again."""
+        size = size_gib * units.Gi
+        if copy.volume.size_bytes >= size:
+            return
+        node, which = copy.node, copy.which()
+        try:
+            node.call(node.volumes.Extend, pb.ExtendVolumeRequest(size_bytes=size, **which))
+        except errors.Refused:
+            node.call(node.volumes.Delete, pb.DeleteVolumeRequest(**which))
+            raise
 
     @staticmethod
     def _look(node: Node, volume_id: str) -> pb.Volume | None:
@@ -110,30 +140,65 @@ class Volumes:
             for copy in found.copies.values():
                 if copy.is_offered:
                     # A copy that was made for a receive that never came.
-                    self._revoke(copy.node, known.id, copy.volume.grant_id)
+                    handover.revoke(copy.node, known.id, copy.volume.grant_id)
             return
         except errors.Lost as lost:
             LOG.warning('%s It is deleted from Cinder only.', lost)
             return
+        try:
+            owner = self._rest(found, owner)
+        except errors.NotFound:
+            # It was to begin with a receive, which is given up.
+            return
+        owner.node.call(owner.node.volumes.Delete, pb.DeleteVolumeRequest(**owner.which()))
+
+    def _rest(self, found: Found, owner: Copy) -> Copy:
+        """The volume once it is offered to nobody and has no device.
+
+        Raises errors.InUse if somebody has its device open, errors.NotFound if it was
+        only being made, and what `_settle` raises.
+        """
         owner = self._settle(found, owner)
         was_remote = owner.is_remote
         if owner.volume.attached:
             owner = self._close(owner)
-        if was_remote:
-            # It has gone home by being closed.
-            owner = self.find(known)
-        owner.node.call(owner.node.volumes.Delete, pb.DeleteVolumeRequest(**owner.which()))
+        # A remote one has gone home by being closed.
+        return self.find(found.known) if was_remote else owner
+
+    def revert(self, known: Known, snapshot_id: str, at: Node) -> bool:
+        """Takes a volume back to a snapshot of it that is on the node `at`.
+
+        False, and nothing is done, if the volume is not on that node any more.
+        """
+        found = find(self._fleet, known)
+        owner = found.must_have_owner()
+        if owner.node is not at:
+            return False
+        owner = self._rest(found, owner)
+        request = pb.RevertVolumeRequest(snapshot_id=snapshot_id, **owner.which())
+        at.call(at.volumes.Revert, request)
+        return True
 
     def find(self, known: Known) -> Copy:
         """The copy that is the volume."""
         return find(self._fleet, known).must_have_owner()
 
     def find_local(self, known: Known) -> Copy:
-        """The same, once its data is or is being copied where it is used.
+        """The same, once its data is, or is being copied to, where it is used.
 
         A volume that is used over the network can only be read and written there.
         """
         return self._localized(self.find(known))
+
+    def where_written(self, known: Known, act: Callable[[Copy], None]) -> Copy:
+        """Does something to a volume where it is written; that copy is the answer."""
+
+        def locally(owner: Copy) -> Copy:
+            copy = self._localized(owner)
+            act(copy)
+            return copy
+
+        return where_written(self._fleet, known, locally)[1]
 
     def _localized(self, owner: Copy) -> Copy:
         if not owner.is_remote:
@@ -143,11 +208,13 @@ class Volumes:
 
     def extend(self, known: Known, size_gib: int) -> Placed:
         """Grows a volume where it is written."""
-        owner = self.find_local(known)
         size = size_gib * units.Gi
-        request = pb.ExtendVolumeRequest(size_bytes=size, **owner.which())
-        owner.node.call(owner.node.volumes.Extend, request)
-        return Placed(owner.home)
+
+        def grow(owner: Copy) -> None:
+            request = pb.ExtendVolumeRequest(size_bytes=size, **owner.which())
+            owner.node.call(owner.node.volumes.Extend, request)
+
+        return Placed(self.where_written(known, grow).home)
 
     # Attaching
 
@@ -160,11 +227,15 @@ class Volumes:
 
         Raises errors.InUse if it is open elsewhere although no attachment is there.
         """
+        mode = pb.RECEIVE_MODE_REMOTE if visits else pb.RECEIVE_MODE_UNSPECIFIED
+        return self._attach(known, node, mode)
+
+    def _attach(self, known: Known, node: Node, mode: Any) -> Placed:
         found = find(self._fleet, known, node.name)
         owner = found.must_have_owner()
         here = found.copies.get(node.name)
-        if owner.node is node:
-            # What it was offered to another node for is over, or its own affair.
+        if owner.node is node and (owner.volume.attached or not owner.is_offered):
+            # If it is offered, its guest is about to leave; until then it has it.
             return self._open(owner)
         if here is not None and owner.is_promised(here):
             return self._open(here)
@@ -178,12 +249,13 @@ class Volumes:
             owner = self._close(owner)
             if was_remote:
                 # It has gone home by being closed.
-                return self.attach(known, node, visits=visits)
+                return self._attach(known, node, mode)
         owner = self._localized(owner)
         if here is not None and here.is_fenced and here.volume.attached:
             # The device of an earlier stay, which leads nowhere any more.
             self._close(here)
-        copy = self._move(known.id, owner.node, node, hold=is_used, visits=visits)
+        pool = self._settings.pool
+        copy = handover.move(known.id, owner.node, node, pool, hold=is_used, mode=mode)
         path = str(copy.volume.device_path)
         return Placed(copy.home, path) if path else self._open(copy)
 
@@ -325,71 +397,17 @@ class Volumes:
             if owner.node.name in known.hosts:
                 raise errors.InUse(volume=known.id, node=owner.node.name)
             self._close(owner)
-        self.attach(known, node)
+        # Where there is no room it is refused: used remotely, it would not have moved.
+        self._attach(known, node, pb.RECEIVE_MODE_LOCAL)
         copy = find(self._fleet, known, node.name).must_have_owner()
         self._close(copy)
         return Placed(node.name)
-
-    def _move(
-        self,
-        volume_id: str,
-        source: Node,
-        node: Node,
-        *,
-        hold: bool,
-        visits: bool = False,
-        origin: pb.Origin | None = None,
-    ) -> Copy:
-        """Has `source` offer a volume, or with `origin` a copy of it, and `node` receive it."""
-        whom = node.look(node.nodes.GetNode, pb.GetNodeRequest())
-        grant_id = str(uuid.uuid4())
-        grant = source.call(
-            source.moves.Grant,
-            pb.GrantRequest(
-                id=volume_id,
-                grant_id=grant_id,
-                node=node.name,
-                host_nqn=whom.host_nqn,
-                endpoint=whom.endpoint,
-                hold=hold,
-                source=origin,
-            ),
-        )
-        mode = pb.RECEIVE_MODE_REMOTE if visits else pb.RECEIVE_MODE_UNSPECIFIED
-        request = pb.ReceiveRequest(
-            grant=grant, pool='' if visits else self._settings.pool, mode=mode
-        )
-        try:
-            return Copy(node, node.call(node.moves.Receive, request))
-        except errors.Refused:
-            self._revoke(source, volume_id, grant_id)
-            raise
-        except errors.Unreachable as error:
-            return self._in_doubt(volume_id, source, node, grant_id, error)
-
-    def _in_doubt(
-        self, volume_id: str, source: Node, node: Node, grant_id: str, error: errors.Unreachable
-    ) -> Copy:
-        """The answer to a receive was lost: it may have been done.
-
-        While the destination says nothing the grant stays, as the trace of it.
-        """
-        try:
-            volume = node.look(node.volumes.Get, pb.GetVolumeRequest(id=volume_id))
-        except errors.Refused:
-            self._revoke(source, volume_id, grant_id)
-            raise error from None
-        except errors.Unreachable:
-            raise error from None
-        if volume.grant_id == grant_id and volume.device_path:
-            return Copy(node, volume)
-        raise error
 
     def _settle(self, found: Found, owner: Copy) -> Copy:
         """Ends an offer that nobody makes use of, and gives the volume as it is then.
 
         Raises errors.InUse if the destination has it open, and errors.Unreachable if
-        Cinder has an attachment on a destination that does not answer.
+        Cinder has an attachment on a destination that does not answer or is not known.
         """
         for copy in found.copies.values():
             is_stray = copy.is_held and copy is not owner and not owner.is_promised(copy)
@@ -404,12 +422,19 @@ class Volumes:
             self._close(held)
             self._give_up(held, owner)
         else:
-            error = found.failed.get(peer)
-            is_needed = peer in found.known.hosts and not self._fleet[peer].is_dead
-            if isinstance(error, errors.Unreachable) and is_needed:
-                raise error
-            self._revoke(owner.node, owner.volume.id, owner.volume.grant_id)
+            self._must_have_answered(found, peer)
+            handover.revoke(owner.node, owner.volume.id, owner.volume.grant_id)
         return find(self._fleet, found.known, owner.node.name).must_have_owner()
+
+    def _must_have_answered(self, found: Found, peer: str) -> None:
+        """Whom an attachment names, and nobody declares dead, may have a guest."""
+        if peer not in found.known.hosts:
+            return
+        if peer not in self._fleet:
+            raise errors.Unreachable(peer, 'it is no node of the fleet (dmlocal_nodes)')
+        error = found.failed.get(peer)
+        if isinstance(error, errors.Unreachable) and not self._fleet[peer].is_dead:
+            raise error
 
     def _give_up(self, held: Copy, source: Copy | None) -> None:
         """Aborts a move at its destination, which nobody has open.
@@ -426,13 +451,5 @@ class Volumes:
                 return
             if refusal.reason != 'WRITTEN_AT_DESTINATION' or source is None:
                 raise
-            self._revoke(source.node, held.volume.id, held.volume.grant_id)
+            handover.revoke(source.node, held.volume.id, held.volume.grant_id)
             held.node.call(held.node.moves.Abort, request)
-
-    def _revoke(self, source: Node, volume_id: str, grant_id: str) -> None:
-        """Takes a grant back; leaves it where that cannot be done, for the next to find."""
-        request = pb.RevokeRequest(volume_id=volume_id, grant_id=grant_id)
-        try:
-            source.call(source.moves.Revoke, request)
-        except errors.AgentError as error:
-            LOG.warning('Volume %s: the grant %s stays: %s', volume_id, grant_id, error.msg)

@@ -13,6 +13,9 @@ pub const BUILDING: &[&str] = &["clang", "libclang-dev", "libdevmapper-dev", "pk
 /// What it takes, beyond that, to test the Cinder driver.
 pub const DRIVER: &[&str] = &["python3", "python3-venv"];
 
+/// What it takes, beyond that, to test it with the services around it.
+pub const SERVICES: &[&str] = &["mariadb-client-core", "mariadb-server-core", "rabbitmq-server"];
+
 /// What it takes, beyond that, to run nodes.
 pub const NODES: &[&str] = &[
     "binutils",
@@ -72,7 +75,9 @@ fn run_as_root(argv: &[&str]) -> Result<()> {
     if Uid::effective().is_root() {
         command = Command::new("env");
     }
-    command.args(["DEBIAN_FRONTEND=noninteractive"]).args(argv);
+    // In that runlevel a package starts no daemon when it is installed. Where systemd runs
+    // it does all the same: on ports that no test uses.
+    command.args(["DEBIAN_FRONTEND=noninteractive", "RUNLEVEL=1"]).args(argv);
     let status = command.status().with_context(|| format!("starting {command:?}"))?;
     if !status.success() {
         bail!("{command:?}: {status}");

@@ -1,7 +1,7 @@
 //! What a change must pass.
 
 use anyhow::Result;
-use dmlocal_testbed::packages;
+use dmlocal_testbed::{packages, python};
 
 use crate::{run, tidy};
 
@@ -19,7 +19,8 @@ pub(crate) struct TestArguments {
     /// Runs more scenarios: what a change has to pass
     #[arg(long, conflicts_with = "no_vm")]
     long: bool,
-    /// Runs every scenario, also those that wait for long timeouts
+    /// Runs every scenario, also those that wait for long timeouts, and the Cinder driver
+    /// in OpenStack's real services, with Tempest
     #[arg(long, conflicts_with_all = ["no_vm", "long"])]
     full: bool,
 }
@@ -45,10 +46,18 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
     let named: Vec<&str> = only.iter().flat_map(|name| ["-k", name]).collect();
     let driver = ["unittest", "discover", "--buffer", "-t", ".", "-s", "cinder_dmlocal/tests"];
     run::python(&[&driver[..], &named].concat())?;
+    if arguments.full {
+        for release in python::releases()? {
+            run::python_of(&release, &[&driver[..], &named].concat())?;
+        }
+    }
     let whole = ["unittest", "--buffer", "cinder_dmlocal.tests.check_whole"];
     run::python(&[&whole[..], &named].concat())?;
     if arguments.no_vm {
         return Ok(());
+    }
+    if arguments.full {
+        run::python_in_services(&[&["services"], &named[..]].concat())?;
     }
     // Of the whole workspace: one package alone would have its dependencies built
     // anew, with fewer features.

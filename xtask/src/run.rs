@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use dmlocal_testbed::packages;
+use dmlocal_testbed::{packages, python};
 use nix::unistd::Uid;
 
 /// Does one part of a longer task and tells how long it took.
@@ -38,11 +38,30 @@ const NO_TESTS: i32 = 5;
 
 /// Runs a module of Python's in the Cinder driver's folder.
 pub(crate) fn python(module: &[&str]) -> Result<()> {
+    started(&format!("python -m {}", module.join(" ")), &[], python::in_driver, module)
+}
+
+/// The same with an older release of Cinder.
+pub(crate) fn python_of(release: &str, module: &[&str]) -> Result<()> {
+    let shown = format!("python -m {} with Cinder {release}", module.join(" "));
+    started(&shown, &[], || python::in_release(release), module)
+}
+
+/// The same, beside the services that the driver's tests start.
+pub(crate) fn python_in_services(module: &[&str]) -> Result<()> {
     let shown = format!("python -m {}", module.join(" "));
-    part(&shown, || {
-        packages::ensure(packages::DRIVER)?;
-        let mut command = dmlocal_testbed::python::in_driver()?;
-        let status = command.arg("-m").args(module).status().context("starting Python")?;
+    started(&shown, packages::SERVICES, python::in_services, module)
+}
+
+fn started(
+    shown: &str,
+    more: &[&str],
+    python: impl FnOnce() -> Result<Command>,
+    module: &[&str],
+) -> Result<()> {
+    part(shown, || {
+        packages::ensure(&[packages::DRIVER, more].concat())?;
+        let status = python()?.arg("-m").args(module).status().context("starting Python")?;
         let has_none = module.contains(&"-k") && status.code() == Some(NO_TESTS);
         if !status.success() && !has_none {
             bail!("{status}");
@@ -57,9 +76,17 @@ pub(crate) fn build_for_nodes() -> Result<()> {
 }
 
 /// Builds what goes onto nodes and the tests with it, so that both agree on every
-/// dependency's features and build each once.
+/// dependency's features and build each once. What Python's tests need comes meanwhile.
 pub(crate) fn build_with_tests() -> Result<()> {
-    build(&["--bins", "--tests"])
+    packages::ensure(packages::DRIVER)?;
+    thread::scope(|scope| {
+        let environment = scope.spawn(dmlocal_testbed::python::prepare);
+        let built = build(&["--bins", "--tests"]);
+        match environment.join() {
+            Ok(prepared) => built.and(prepared),
+            Err(_) => bail!("preparing Python panicked"),
+        }
+    })
 }
 
 fn build(targets: &[&str]) -> Result<()> {

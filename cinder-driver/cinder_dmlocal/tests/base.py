@@ -18,9 +18,10 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from cinder import coordination, exception
+from cinder import coordination, exception, objects
 from cinder.volume import configuration
 from oslo_config import cfg
+from taskflow.types import failure
 
 from cinder_dmlocal import options
 from cinder_dmlocal.driver import DmLocalDriver
@@ -50,9 +51,14 @@ class Volume:
     status: str = 'available'
     id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
     multiattach: bool = False
+    cluster_name: str | None = None
+    snapshot_id: str | None = None
+    source_volid: str | None = None
     volume_attachment: list[Attachment] = dataclasses.field(default_factory=list)
     provider_location: str | None = None
+    migration_status: str | None = None
     _name_id: str | None = None
+    _context: Any = None
     saved: int = 0
 
     @property
@@ -166,33 +172,48 @@ def _prepared() -> str:
     """A folder for certificates, and Cinder's locks as it makes them."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
+    objects.register_all()
     cfg.CONF([], project='cinder', default_config_files=[])
     cfg.CONF.set_override('backend_url', f'file://{folder.name}', group='coordination')
     coordination.COORDINATOR.start()
     return folder.name
 
 
+def write_certificates(fleet: FakeFleet, folder: str) -> dict[str, str]:
+    """The driver's certificates in a folder, and their options."""
+    pair = fleet.authority.issue('driver')
+    named = {'ca': fleet.authority.cert, 'cert': pair.cert, 'key': pair.key}
+    for name, content in named.items():
+        with open(os.path.join(folder, f'{name}.pem'), 'wb') as file:
+            file.write(content)
+    return {f'dmlocal_{name}': os.path.join(folder, f'{name}.pem') for name in named}
+
+
 def configured(fleet: FakeFleet, endpoints: dict[str, str], **values: Any) -> Any:
     """The configuration of a backend that knows the agents at those endpoints."""
-    folder = _prepared()
-    pair = fleet.authority.issue('driver')
-    for name, content in (
-        ('ca', fleet.authority.cert),
-        ('cert', pair.cert),
-        ('key', pair.key),
-    ):
-        path = os.path.join(folder, name)
-        with open(path, 'wb') as file:
-            file.write(content)
-        values.setdefault(f'dmlocal_{name}', path)
+    values = {**write_certificates(fleet, _prepared()), **values}
     values.setdefault('dmlocal_nodes', list(endpoints))
     values.setdefault('dmlocal_endpoints', endpoints)
     values.setdefault('dmlocal_close_timeout', 0)
+    return section(**values)
+
+
+def section(**values: Any) -> Any:
+    """The configuration of a backend."""
     group = f'backend-{uuid.uuid4()}'
     found = configuration.Configuration(options.OPTIONS, config_group=group)
     for name, value in values.items():
         cfg.CONF.set_override(name, value, group=group)
     return found
+
+
+def stays_here(error: BaseException) -> bool:
+    """Whether Cinder lets a creation that has failed so be, and tries no other node."""
+    # Cinder's modules need to be imported in the driver's order.
+    from cinder.volume.flows.manager import create_volume  # noqa: PLC0415
+
+    task = create_volume.OnFailureRescheduleTask(None, None, None, None, True)
+    return failure.Failure.from_exception(error).check(*task.no_reschedule_types) is not None
 
 
 class DriverTestCase(unittest.TestCase):
@@ -225,9 +246,9 @@ class DriverTestCase(unittest.TestCase):
         self.assertEqual(f'{SERVICE}#node-{letter}', volume.host)
 
     @contextlib.contextmanager
-    def refused(self, *words: str) -> Iterator[None]:
+    def refused(self, *words: str) -> Iterator[Any]:
         """What is inside is refused, and the text has these words."""
         with self.assertRaises(exception.CinderException) as caught:
-            yield
+            yield caught
         for word in words:
             self.assertIn(word, str(caught.exception))

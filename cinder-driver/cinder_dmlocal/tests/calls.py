@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ class Vol:
     opened: int = 0
     held_writes: list[str] = dataclasses.field(default_factory=list)
     data: list[str] = dataclasses.field(default_factory=list)
+    # What its device shows, where devices are files.
+    file: pathlib.Path | None = None
     made_of: Any = None
     # At the source, and at the destination.
     grant_id: str = ''
@@ -59,6 +62,7 @@ class Snap:
     volume: str
     size: int
     data: list[str]
+    file: pathlib.Path | None = None
     incarnation: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
     state: str = 'AVAILABLE'
 
@@ -72,6 +76,7 @@ class Calls:
     snapshots: dict[str, Snap]
     capacity: int
     has_pool: bool
+    takes_remote: bool
 
     def ask_for_fence(self, vol: Vol) -> bool:
         """Whether the source of a held copy is fenced."""
@@ -135,7 +140,7 @@ class Calls:
             pool='local',
         )
         if vol.attached:
-            shown.device_path = f'/dev/mapper/dmlocal-{vol.id}'
+            shown.device_path = self.fleet.disks.device(self.name, vol.id, vol.file)
         if vol.grant_id:
             shown.grant_id = vol.grant_id
         if vol.peer:
@@ -153,31 +158,39 @@ class Calls:
         if request.HasField('source'):
             assert not request.size_bytes, 'the source has the size'
             if there is None:
-                size, data = self._content(request.source)
-                self._need(size)
-                there = Vol(request.id, size, data=data, made_of=request.source)
+                there = self._made_of(request.id, request.source)
             elif there.made_of != request.source:
                 raise Refusal('VOLUME_EXISTS', 'ALREADY_EXISTS', field='source')
+            elif there.passing:
+                raise Refusal('VOLUME_EXISTS', 'ALREADY_EXISTS', field='state')
         elif there is None:
             self._need(request.size_bytes)
-            there = Vol(request.id, request.size_bytes)
+            file = self.fleet.disks.blank(request.size_bytes)
+            there = Vol(request.id, request.size_bytes, file=file)
         elif there.size != request.size_bytes:
             raise Refusal('VOLUME_EXISTS', 'ALREADY_EXISTS', field='size_bytes')
         self.volumes[request.id] = there
         return self.show(there)
 
-    def _content(self, origin: Any) -> tuple[int, list[str]]:
+    def _made_of(self, volume_id: str, origin: Any) -> Vol:
+        content = self._content(origin)
+        self._need(content.size)
+        file = self.fleet.disks.copy(content.file)
+        made_of = {'data': list(content.data), 'file': file, 'made_of': origin}
+        return Vol(volume_id, content.size, **made_of)
+
+    def _content(self, origin: Any) -> Snap | Vol:
         if origin.snapshot_id:
             snap = self.snapshots.get(origin.snapshot_id)
             if snap is None:
                 raise Refusal('SNAPSHOT_NOT_FOUND', 'NOT_FOUND')
-            return snap.size, list(snap.data)
+            return snap
         vol = self.volumes.get(origin.volume_id)
         if vol is None:
             raise Refusal('VOLUME_NOT_FOUND', 'NOT_FOUND')
         if vol.state not in ('LOCAL', 'PUBLISHED'):
             raise Refusal('VOLUME_MOVING')
-        return vol.size, list(vol.data)
+        return vol
 
     def volumes_delete(self, request: Any) -> Any:
         try:
@@ -193,10 +206,17 @@ class Calls:
         if vol.state not in ('LOCAL', 'HYDRATING', 'STALLED'):
             reasons = {'PUBLISHED': 'VOLUME_PUBLISHED', 'FENCED': 'VOLUME_FENCED'}
             raise Refusal(reasons.get(vol.state, 'VOLUME_MOVING'))
-        del self.volumes[vol.id]
+        self.drop(vol.id)
         if vol.source:
-            self.fleet.agents[vol.source].volumes.pop(vol.id, None)
+            self.fleet.agents[vol.source].drop(vol.id)
         return pb.DeleteVolumeResponse()
+
+    def drop(self, volume_id: str) -> None:
+        """Forgets a copy; with it goes its file, but not one that is its source's."""
+        vol = self.volumes.pop(volume_id, None)
+        self.fleet.disks.no_device(self.name, volume_id)
+        if vol is not None and vol.state not in ('HELD', 'REMOTE'):
+            self.fleet.disks.remove(vol.file)
 
     def volumes_get(self, request: Any) -> Any:
         return self.show(self._vol(request))
@@ -214,6 +234,7 @@ class Calls:
             raise Refusal('SIZE_SMALLER', 'INVALID_ARGUMENT')
         self._need(request.size_bytes - vol.size)
         vol.size = request.size_bytes
+        self.fleet.disks.resize(vol.file, vol.size)
         return self.show(vol)
 
     def volumes_attach(self, request: Any) -> Any:
@@ -234,11 +255,13 @@ class Calls:
         if vol.opened:
             raise Refusal('HANDLE_IN_USE', path=f'/dev/mapper/dmlocal-{vol.id}')
         vol.attached = False
+        self.fleet.disks.resize(vol.file, vol.size)
+        self.fleet.disks.no_device(self.name, vol.id)
         if vol.state == 'REMOTE':
             home = self.fleet.agents[vol.source].volumes[vol.id]
             home.state, home.grant_id, home.peer = 'LOCAL', '', ''
             home.generation += 2
-            del self.volumes[vol.id]
+            self.drop(vol.id)
         return self.show(vol)
 
     def volumes_revert(self, request: Any) -> Any:
@@ -249,6 +272,9 @@ class Calls:
         if snap is None:
             raise Refusal('SNAPSHOT_NOT_FOUND', 'NOT_FOUND')
         vol.data = list(snap.data)
+        self.fleet.disks.remove(vol.file)
+        vol.file = self.fleet.disks.copy(snap.file)
+        self.fleet.disks.resize(vol.file, vol.size)
         return self.show(vol)
 
     # Snapshots
@@ -269,12 +295,16 @@ class Calls:
                 raise Refusal('VOLUME_NOT_FOUND', 'NOT_FOUND')
             if vol.state not in ('LOCAL', 'PUBLISHED', 'HYDRATING'):
                 raise Refusal('VOLUME_FENCED' if vol.state == 'FENCED' else 'VOLUME_MOVING')
-            snap = Snap(request.id, vol.id, vol.size, list(vol.data))
+            file = self.fleet.disks.copy(vol.file)
+            snap = Snap(request.id, vol.id, vol.size, list(vol.data), file)
+            self.fleet.disks.resize(file, vol.size)
             self.snapshots[request.id] = snap
         return self._show_snapshot(self.snapshots[request.id])
 
     def snapshots_delete(self, request: Any) -> Any:
-        self.snapshots.pop(request.id, None)
+        snap = self.snapshots.pop(request.id, None)
+        if snap is not None:
+            self.fleet.disks.remove(snap.file)
         return pb.DeleteSnapshotResponse()
 
     def snapshots_get(self, request: Any) -> Any:
@@ -295,11 +325,10 @@ class Calls:
         if request.grant_id in self.fleet.grants:
             raise Refusal('GRANT_EXISTS', 'ALREADY_EXISTS')
         if request.HasField('source'):
-            size, data = self._content(request.source)
-            self._need(size)
-            vol = Vol(request.id, size, data=data, made_of=request.source, passing=True)
             if request.id in self.volumes:
                 raise Refusal('VOLUME_EXISTS', 'ALREADY_EXISTS', field='state')
+            vol = self._made_of(request.id, request.source)
+            vol.passing = True
             self.volumes[request.id] = vol
         else:
             vol = self._vol(request)
@@ -337,7 +366,8 @@ class Calls:
         if there is not None and there.attached:
             raise Refusal('HANDLE_IN_USE')
         stays = request.mode == pb.RECEIVE_MODE_REMOTE
-        is_remote = stays or (not self.has_pool and request.mode == 0 and not request.pool)
+        is_full = not self.has_pool or (self.takes_remote and grant.size_bytes > self._free())
+        is_remote = stays or (is_full and request.mode == 0 and not request.pool)
         source = self.fleet.agents[grant.source_node].volumes[grant.volume_id]
         if not is_remote:
             self._need(grant.size_bytes)
@@ -354,7 +384,9 @@ class Calls:
             source=grant.source_node,
             is_remote=is_remote,
             made_of=source.made_of,
+            file=source.file,
         )
+        self.drop(vol.id)
         self.volumes[vol.id] = vol
         if not grant.hold:
             self.ask_for_fence(vol)
@@ -382,7 +414,7 @@ class Calls:
         if vol.held_writes and is_open:
             raise Refusal('WRITTEN_AT_DESTINATION')
         assert not vol.opened, f'a guest on {self.name} is cut off'
-        del self.volumes[vol.id]
+        self.drop(vol.id)
         if is_open and not source.is_down:
             source._take_back(at_source)
         return pb.AbortResponse()
@@ -398,14 +430,21 @@ class Calls:
 
     def _take_back(self, vol: Vol) -> Any:
         if vol.passing:
-            del self.volumes[vol.id]
+            self.drop(vol.id)
         vol.state = 'HYDRATING' if vol.source else 'LOCAL'
         vol.peer, vol.grant_id = '', ''
         return pb.AbortResponse()
+
+    def own(self, vol: Vol) -> None:
+        """From now on a copy is not shown its source's content but its own."""
+        vol.file = self.fleet.disks.copy(vol.file)
+        self.fleet.disks.resize(vol.file, vol.size)
+        self.fleet.disks.device(self.name, vol.id, vol.file)
 
     def moves_localize(self, request: Any) -> Any:
         vol = self._vol(request)
         if vol.is_remote:
             self._need(vol.size)
             vol.is_remote, vol.state = False, 'HYDRATING'
+            self.own(vol)
         return self.show(vol)

@@ -57,7 +57,9 @@ backup_posix_path = {folder}/backups
 backup_compression_algorithm = none
 backup_file_size = 33554432
 image_conversion_dir = {folder}/conversion
-allowed_direct_url_schemes =
+
+[dmlocal]
+dmlocal_look_timeout = 20
 """
 
 
@@ -168,18 +170,19 @@ class Orders(whole.Orders):
         """A backup; waits until it is there."""
         body = {'backup': {'volume_id': volume, 'force': force}}
         backup = self.call('POST', '/backups', body)['body']['backup']['id']
-        return {'id': backup, **self.wait_for('backup', backup, 'available', 'error')}
+        row = self.until(f'/backups/{backup}', 'backup', ['available', 'error'])
+        return {'id': backup, 'status': row['status']}
 
     def restore(self, backup: str, volume: str) -> dict[str, Any]:
         """A volume gets a backup's content; waits until it has it."""
         self.call('POST', f'/backups/{backup}/restore', {'restore': {'volume_id': volume}})
-        self.wait_for('backup', backup, 'available', 'error')
+        self.until(f'/backups/{backup}', 'backup', ['available', 'error'])
         return self.wait(volume, ['available', 'error', 'error_restoring'])
 
     def delete_backup(self, backup: str) -> dict[str, Any]:
         """The end of a backup."""
         self.call('DELETE', f'/backups/{backup}')
-        return self.wait_for('backup', backup, 'gone', 'error')
+        return self.until(f'/backups/{backup}', 'backup', ['gone', 'error'])
 
 
 if __name__ == '__main__':

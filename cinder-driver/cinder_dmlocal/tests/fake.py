@@ -1,15 +1,21 @@
 """Agents that are pretended to: real gRPC over mutual TLS, and pretended devices.
 
 They refuse what `dmlocald` refuses, with its reasons, and keep what a volume holds as a
-list of what was written to it, so that a test can see whether anything was lost. What
-happens on a node without the driver (a guest that opens, writes and closes its device, a
-copy that arrives) is done by methods with plain names.
+list of what was written to it, so that a test can see whether anything was lost; with a
+folder, also in files that Cinder can read and write (`disks`). What happens on a node
+without the driver (a guest that opens, writes and closes its device, a copy that arrives)
+is done by methods with plain names.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import dataclasses
+import pathlib
 import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -19,9 +25,33 @@ from google.rpc import error_details_pb2, status_pb2
 
 from cinder_dmlocal.tests.calls import GIB, Calls, Refusal, Snap, Vol
 from cinder_dmlocal.tests.certificates import Authority
+from cinder_dmlocal.tests.disks import Disks
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
 
-__all__ = ['GIB', 'Agent', 'FakeFleet', 'Refusal', 'Snap', 'Vol']
+__all__ = ['GIB', 'Agent', 'FakeFleet', 'Gate', 'Refusal', 'Snap', 'Vol']
+
+# Longer than any test waits for anything.
+_PATIENCE = 300.0
+
+
+@dataclasses.dataclass
+class Gate:
+    """Has one call wait, before it is done or after that, until it may go on."""
+
+    is_done_first: bool = False
+    reached: threading.Event = dataclasses.field(default_factory=threading.Event)
+    opened: threading.Event = dataclasses.field(default_factory=threading.Event)
+    left: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def lead(self, act: Callable[[], Any]) -> Any:
+        """Does that, with a stop on the way."""
+        try:
+            answer = act() if self.is_done_first else None
+            self.reached.set()
+            self.opened.wait(_PATIENCE)
+            return answer if self.is_done_first else act()
+        finally:
+            self.left.set()
 
 
 class Agent(Calls):
@@ -38,14 +68,25 @@ class Agent(Calls):
         self.snapshots: dict[str, Snap] = {}
         self.capacity = 100 * GIB
         self.has_pool = True
+        # [receive] when_full = "remote"
+        self.takes_remote = False
         self.is_down = False
         self.says_refused: dict[str, Refusal] = {}
         self.loses_answer: set[str] = set()
+        self.gates: dict[str, Gate] = {}
+        self.passed: list[Gate] = []
         self.calls: collections.Counter[str] = collections.Counter()
 
     def serve(self, method: str, request: Any, context: Any) -> Any:
         """Answers one call."""
-        with self.fleet.lock:
+        gate = self.gates.pop(method, None)
+        if gate is None:
+            return self._answer(method, request, context)
+        self.passed.append(gate)
+        return gate.lead(lambda: self._answer(method, request, context))
+
+    def _answer(self, method: str, request: Any, context: Any) -> Any:
+        with self.fleet.lock, self.fleet.serving():
             if self.is_down:
                 context.abort(grpc.StatusCode.UNAVAILABLE, 'connection refused')
             self.calls[method] += 1
@@ -113,14 +154,18 @@ class Agent(Calls):
         vol.data = [*at_source.data, *vol.held_writes]
         if vol.is_remote:
             at_source.data = list(vol.data)
+        else:
+            self.own(vol)
         vol.held_writes = []
+        if self.fleet.copies_at_once and vol.state == 'HYDRATING':
+            self.arrive(vol.id)
         return True
 
     def arrive(self, volume_id: str) -> None:
         """Everything is copied; the source lets go."""
         vol = self.volumes[volume_id]
         assert vol.state == 'HYDRATING', vol.state
-        self.fleet.agents[vol.source].volumes.pop(volume_id, None)
+        self.fleet.agents[vol.source].drop(volume_id)
         vol.state, vol.source, vol.grant_id = 'LOCAL', '', ''
 
     def boot(self) -> None:
@@ -132,11 +177,25 @@ class Agent(Calls):
 
 
 class FakeFleet:
-    """Several agents, each with a server of its own."""
+    """Several agents, each with a server of its own.
 
-    def __init__(self, names: list[str]) -> None:
+    With a folder their devices are files there. With `copies_at_once` nothing is copied in
+    the background: what is received arrives as soon as it is switched over.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        folder: pathlib.Path | None = None,
+        *,
+        authority: Authority | None = None,
+        copies_at_once: bool = False,
+    ) -> None:
         self.lock = threading.RLock()
-        self.authority = Authority()
+        self.served = 0.0
+        self.disks = Disks(folder)
+        self.copies_at_once = copies_at_once
+        self.authority = authority or Authority()
         self.agents = {name: Agent(name, self) for name in names}
         self.reset()
         self._servers = []
@@ -160,12 +219,38 @@ class FakeFleet:
         server.start()
         return server, port
 
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Adds up the time in which agents do what they are asked for."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.served += time.perf_counter() - began
+
     def reset(self) -> None:
         """As a fleet that has just been set up."""
         self.order: list[str] = []
         self.grants: set[str] = set()
         for agent in self.agents.values():
             agent.reset()
+
+    def left(self) -> list[str]:
+        """Everything that the agents have: nothing may be left at the end of a test."""
+        return [
+            f'{agent.name} {kind} {one.id} {one.state}'
+            for agent in self.agents.values()
+            for kind, ones in (('volume', agent.volumes), ('snapshot', agent.snapshots))
+            for one in ones.values()
+        ]
+
+    def stop(self) -> None:
+        """Nobody answers any more."""
+        for agent in self.agents.values():
+            for gate in agent.passed:
+                gate.opened.set()
+        for server in self._servers:
+            server.stop(None).wait()
 
     def where(self, volume_id: str) -> dict[str, str]:
         """The state of each copy of a volume, by node."""

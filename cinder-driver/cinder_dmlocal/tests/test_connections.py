@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from cinder import exception
+import dataclasses
+from typing import Any
+from unittest import mock
 
-from cinder_dmlocal.tests.base import DriverTestCase
+from cinder import context, exception
+from cinder.message import message_field
+
+from cinder_dmlocal import messages
+from cinder_dmlocal.tests.base import DriverTestCase, Volume
 from cinder_dmlocal.tests.fake import Refusal, Vol
 
 
@@ -89,6 +95,38 @@ class OneNode(DriverTestCase):
         self.agent('a').open(volume.id)
         with self.refused('in use'):
             self.driver.terminate_connection(volume, None, force=True)
+
+    def test_without_a_connector_a_host_that_two_attachments_name_is_detached(self) -> None:
+        volume = self.cinder.create()
+        row = self.cinder.attach(volume, 'node-a')
+        volume.volume_attachment.append(dataclasses.replace(row, id='another'))
+        for connector in (None, {}):
+            self.agent('a').volumes[volume.id].attached = True
+            self.driver.terminate_connection(volume, connector, force=True)
+            self.assertFalse(self.agent('a').volumes[volume.id].attached)
+
+    def test_a_host_that_is_not_of_the_fleet_any_more_is_left(self) -> None:
+        volume = self.cinder.create()
+        row = self.cinder.attach(volume, 'node-b')
+        self.cinder.driver = self.make_driver(
+            dmlocal_nodes=['node-a', 'node-c'],
+            dmlocal_endpoints={n: self.fleet.endpoints[n] for n in ('node-a', 'node-c')},
+        )
+        self.cinder.delete_attachment(volume, row)
+        self.assertEqual([], volume.volume_attachment)
+        self.assert_where(volume, a='FENCED', b='HYDRATING')
+
+    def test_a_destination_that_is_not_of_the_fleet_any_more_keeps_the_volume(self) -> None:
+        volume = self.cinder.create()
+        self.cinder.attach(volume, 'node-a', 'vm')
+        self.cinder.create_attachment(volume, 'vm', 'node-b')
+        driver = self.make_driver(
+            dmlocal_nodes=['node-a', 'node-c'],
+            dmlocal_endpoints={n: self.fleet.endpoints[n] for n in ('node-a', 'node-c')},
+        )
+        with self.refused('node-b', 'dmlocal_nodes'):
+            driver.initialize_connection(volume, {'host': 'node-c'})
+        self.assert_where(volume, a='PUBLISHED', b='HELD')
 
     def test_exports_are_nobodys_affair(self) -> None:
         volume = self.cinder.create()
@@ -196,6 +234,22 @@ class Elsewhere(DriverTestCase):
         self.volume.volume_attachment.clear()
         self.cinder.attach(self.volume, 'node-c')
         self.assert_where(self.volume, a='FENCED', c='HYDRATING')
+
+    def test_what_was_interrupted_after_the_grant_may_stay_at_home(self) -> None:
+        self.agent('a').loses_answer.add('Moves.Grant')
+        with self.refused('does not answer'):
+            self.cinder.attach(self.volume, 'node-b')
+        self.agent('a').loses_answer.clear()
+        self.assert_where(self.volume, a='PUBLISHED')
+        self.volume.volume_attachment.clear()
+        self.cinder.attach(self.volume, 'node-a')
+        self.assert_where(self.volume, a='LOCAL')
+
+    def test_its_cluster_follows_too(self) -> None:
+        self.volume.cluster_name = 'cluster@dmlocal#node-a'
+        self.cinder.attach(self.volume, 'node-b')
+        self.assertEqual('cluster@dmlocal#node-b', self.volume.cluster_name)
+        self.assert_home(self.volume, 'b')
 
     def test_a_host_that_is_behind_is_found_out(self) -> None:
         self.cinder.attach(self.volume, 'node-b')
@@ -329,6 +383,18 @@ class Controller(DriverTestCase):
         self.assertEqual(['image'], self.agent('a').volumes[self.volume.id].data)
         self.assert_home(self.volume, 'a')
 
+    def test_a_volume_that_cinder_itself_calls_used_is_visited(self) -> None:
+        # The temporary volume of a revert is 'in-use', and no instance has it.
+        self.volume.status = 'in-use'
+        self.driver.initialize_connection(self.volume, {'host': 'node-b'})
+        self.assert_where(self.volume, a='FENCED', b='REMOTE')
+
+    def test_an_instance_without_a_row_is_no_visitor(self) -> None:
+        # Attached as it was done before attachments had rows of their own.
+        self.volume.status = 'attaching'
+        self.driver.initialize_connection(self.volume, {'host': 'node-b'})
+        self.assert_where(self.volume, a='FENCED', b='HYDRATING')
+
     def test_a_visit_at_home_needs_no_network(self) -> None:
         self.driver.initialize_connection(self.volume, {'host': 'node-a'})
         self.assert_where(self.volume, a='LOCAL')
@@ -338,3 +404,58 @@ class Controller(DriverTestCase):
         self.volume.status = 'available'
         self.cinder.attach(self.volume, 'node-c')
         self.assert_where(self.volume, a='FENCED', c='HYDRATING')
+
+
+class Messages(DriverTestCase):
+    """What users are told who see no logs."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        patcher = mock.patch.object(messages, '_messages')
+        self.create = patcher.start().return_value.create
+        self.addCleanup(patcher.stop)
+
+    def told(self) -> list[tuple[Any, Any, Any]]:
+        calls = self.create.call_args_list
+        return [(c.args[1], c.kwargs['resource_uuid'], c.kwargs['detail']) for c in calls]
+
+    def volume(self) -> Volume:
+        volume = self.cinder.create()
+        volume._context = context.RequestContext(user_id='user', project_id='project')
+        return volume
+
+    def test_of_an_attachment_that_failed(self) -> None:
+        volume = self.volume()
+        self.agent('b').capacity = 0
+        with self.refused('NO_ROOM'):
+            self.cinder.attach(volume, 'node-b')
+        action, detail = message_field.Action.ATTACH_VOLUME, message_field.Detail.ATTACH_ERROR
+        self.assertEqual([(action, volume.id, detail)], self.told())
+
+    def test_of_a_device_that_is_open(self) -> None:
+        volume = self.volume()
+        row = self.cinder.attach(volume, 'node-a')
+        self.agent('a').open(volume.id)
+        with self.refused('in use'):
+            self.cinder.delete_attachment(volume, row)
+        action = message_field.Action.UPDATE_ATTACHMENT
+        self.assertEqual([(action, volume.id, message_field.Detail.DETACH_ERROR)], self.told())
+
+    def test_of_a_copy_that_somebody_has_asked_for(self) -> None:
+        origin = self.volume()
+        made = Volume(1, origin.host, 'creating', _context=origin._context)
+        self.agent('a').capacity = 1 << 30
+        # The first is a temporary copy of Cinder's own, or one of a cached image.
+        for source, told in ((None, 0), (origin.id, 1)):
+            made.source_volid = source
+            with self.refused('NO_ROOM'):
+                self.driver.create_cloned_volume(made, origin)
+            self.assertEqual(told, len(self.told()))
+        action = message_field.Action.CREATE_VOLUME_FROM_BACKEND
+        detail = message_field.Detail.DRIVER_FAILED_CREATE
+        self.assertEqual([(action, made.id, detail)], self.told())
+
+    def test_of_nothing_where_all_is_well(self) -> None:
+        volume = self.volume()
+        self.cinder.delete_attachment(volume, self.cinder.attach(volume, 'node-b'))
+        self.assertEqual([], self.told())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import uuid
 from typing import Any
+from unittest import mock
 
-from cinder import exception
+from cinder import exception, objects
 
 from cinder_dmlocal.tests.base import SERVICE, Attachment, DriverTestCase, Snapshot, Volume
 from cinder_dmlocal.tests.fake import Vol
@@ -32,6 +33,14 @@ class Moves(DriverTestCase):
             self.assertTrue(self.driver.migrate_volume(None, volume, self.target('b'))[0])
         self.assert_where(volume, a='FENCED', b='HYDRATING')
 
+    def test_a_node_without_room_does_not_get_a_volume_only_in_name(self) -> None:
+        volume = self.cinder.create()
+        target = self.target('b')
+        self.agent('b').takes_remote, self.agent('b').capacity = True, 0
+        with self.refused('NO_ROOM', 'node-b'):
+            self.driver.migrate_volume(None, volume, target)
+        self.assert_where(volume, a='LOCAL')
+
     def test_what_an_interrupted_migration_left_is_finished(self) -> None:
         volume = self.cinder.create()
         row = self.cinder.attach(volume, 'node-b')
@@ -39,6 +48,25 @@ class Moves(DriverTestCase):
         volume.host = f'{SERVICE}#node-a'
         self.driver.migrate_volume(None, volume, self.target('b'))
         self.assertFalse(self.agent('b').volumes[volume.id].attached)
+
+    def swap(self, origin_host: str) -> Volume:
+        """What Cinder has Nova copy a volume in use to, for an operator who chose node b."""
+        origin = Volume(1, origin_host, 'in-use')
+        self.enterContext(mock.patch.object(objects.Volume, 'get_by_id', lambda *_: origin))
+        made = self.cinder.create('node-b')
+        made.migration_status = f'target:{origin.id}'
+        self.cinder.attach(made, 'node-a', 'vm')
+        return made
+
+    def test_a_guest_goes_on_with_its_volume_on_the_node_that_was_chosen(self) -> None:
+        made = self.swap(f'{SERVICE}#node-a')
+        self.assert_where(made, a='REMOTE', b='FENCED')
+        self.assert_home(made, 'b')
+
+    def test_what_comes_from_another_backend_is_where_its_guest_is(self) -> None:
+        made = self.swap('fleet@lvm#node-a')
+        self.assert_where(made, a='HYDRATING', b='FENCED')
+        self.assert_home(made, 'a')
 
     def test_a_volume_in_use_moves_only_with_its_guest(self) -> None:
         volume = self.cinder.create()
@@ -110,6 +138,27 @@ class Moves(DriverTestCase):
         self.agent('b').arrive(volume.id)
         clone(volume)
 
+    def test_retype_of_a_volume_in_use_leaves_it_with_its_guest(self) -> None:
+        volume = self.cinder.create()
+        self.cinder.attach(volume, 'node-a')
+        retyped = self.driver.retype(None, volume, {}, {}, self.target('b'))
+        # Cinder would take the scheduler's choice for the place otherwise.
+        stays = {'host': f'{SERVICE}#node-a', 'cluster_name': None}
+        self.assertEqual((True, stays), retyped)
+        self.assert_where(volume, a='LOCAL')
+
+    def test_retype_of_what_agents_know_nothing_of_needs_nothing(self) -> None:
+        volume = self.cinder.create()
+        target = self.target('a')
+        diff = {
+            'qos_specs': {'consumer': ('front-end', 'front-end'), 'iops': (None, '9')},
+            'extra_specs': {'volume_backend_name': (None, 'dmlocal')},
+            'encryption': {},
+        }
+        self.fleet.order.clear()
+        self.assertTrue(self.driver.retype(None, volume, {}, diff, target))
+        self.assertEqual([], self.fleet.order)
+
     def test_another_backend_is_left_to_cinder(self) -> None:
         volume = self.cinder.create()
         host = {'host': 'other@lvm#pool', 'capabilities': {'location_info': 'LVM:other'}}
@@ -154,6 +203,33 @@ class TakingOver(DriverTestCase):
         self.agent('a').volumes[self.found.id] = self.found
         self.ref = {'source-id': self.found.id}
         self.volume = Volume(0, f'{SERVICE}#node-a')
+        # What Cinder has, by its own ids and by those that agents know it by.
+        self.rows: set[str] = set()
+        self.named: set[str] = set()
+        for cls, key in ((objects.Volume, '_name_id'), (objects.Snapshot, 'provider_id')):
+            self.patch(cls, 'exists', lambda _, id_: id_ in self.rows)
+            of_all = getattr(objects, f'{cls.__name__}List')
+            self.patch(
+                of_all, 'get_all', lambda _, filters, key=key: self.named & {filters[key]}
+            )
+
+    def patch(self, where: Any, name: str, by: Any) -> None:
+        patcher = mock.patch.object(where, name, by)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+
+    def test_what_cinder_has_already_is_refused(self) -> None:
+        volume = self.cinder.create()
+        other = Snapshot(volume)
+        self.driver.create_snapshot(other)
+        ref = {'source-id': other.id}
+        for has in (self.rows, self.named):
+            has.update({self.found.id, other.id})
+            with self.assertRaises(exception.ManageExistingAlreadyManaged):
+                self.driver.manage_existing(self.volume, self.ref)
+            with self.assertRaises(exception.ManageExistingAlreadyManaged):
+                self.driver.manage_existing_snapshot(Snapshot(volume), ref)
+            has.clear()
 
     def test_a_volume_is_taken_over_and_keeps_its_id_at_the_agents(self) -> None:
         self.assertEqual(2, self.driver.manage_existing_get_size(self.volume, self.ref))

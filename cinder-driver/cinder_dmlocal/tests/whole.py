@@ -21,16 +21,12 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import eventlet
 import os_brick
 import requests
-import webob.dec
 from cinder import objects, rpc, service, version
-from cinder.api.middleware import auth
-from cinder.api.openstack import wsgi
 from cinder.cmd import volume as cmd_volume
 from cinder.common import (
     config,  # noqa: F401 - registers the options
@@ -41,33 +37,19 @@ from eventlet import tpool
 from oslo_config import cfg
 from oslo_log import log as logging
 
+from cinder_dmlocal.tests import trusting
+
 PORT = 18779
 SOON = 180.0
 
-
-class Trusting(auth.NoAuthMiddlewareBase):
-    """Everybody is an administrator, and as good as Nova's service."""
-
-    @classmethod
-    def factory(cls, global_config: Any, **local: Any) -> Callable[[Any], Any]:
-        return cls
-
-    @webob.dec.wsgify(RequestClass=wsgi.Request)
-    def __call__(self, request: Any) -> Any:
-        application = self.base_call(request)
-        context = request.environ.get('cinder.context')
-        if context is not None:
-            context.service_roles = ['service']
-        return application
+# What docs/cinder.md recommends: what had no room is not asked again.
+FILTERS = 'AvailabilityZoneFilter,CapacityFilter,CapabilitiesFilter,IgnoreAttemptedHostsFilter'
 
 
 def configuration(folder: pathlib.Path, nodes: dict[str, str]) -> str:
     """Text of cinder.conf."""
     etc = pathlib.Path(sys.prefix) / 'etc' / 'cinder'
-    paste = (etc / 'api-paste.ini').read_text()
-    ours = f'{__name__}:Trusting.factory'.replace('__main__', 'cinder_dmlocal.tests.whole')
-    paste = paste.replace('cinder.api.middleware.auth:NoAuthMiddleware.factory', ours)
-    (folder / 'api-paste.ini').write_text(paste)
+    (folder / 'api-paste.ini').write_text(trusting.paste())
     endpoints = ', '.join(f'{name}:{endpoint}' for name, endpoint in nodes.items() if endpoint)
     return f"""[DEFAULT]
 log_file = {folder}/cinder.log
@@ -87,6 +69,8 @@ enabled_backends = dmlocal
 default_volume_type = __DEFAULT__
 scheduler_driver_init_wait_time = 1
 report_interval = 1
+service_down_time = 8
+scheduler_default_filters = {FILTERS}
 periodic_interval = 2
 rpc_response_timeout = 120
 quota_volumes = -1
@@ -100,6 +84,7 @@ dmlocal_dead_nodes = {', '.join(name for name, endpoint in nodes.items() if not 
 dmlocal_ca = {folder}/ca.pem
 dmlocal_cert = {folder}/driver.pem
 dmlocal_key = {folder}/driver.key
+dmlocal_look_timeout = 3
 dmlocal_call_timeout = 100
 
 [database]
@@ -131,7 +116,8 @@ def start(folder: pathlib.Path, nodes: dict[str, str], more: str = '') -> list[A
     migration.db_sync()
     rpc.init(cfg.CONF)
     cfg.CONF.register_opt(cmd_volume.host_opt, group='dmlocal')
-    scheduler = service.Service.create(binary=constants.SCHEDULER_BINARY)
+    # Services of one process have one row for their heartbeats: it is cinder-volume's.
+    scheduler = service.Service.create(binary=constants.SCHEDULER_BINARY, report_interval=0)
     volume = service.Service.create(
         host='fleet@dmlocal',
         service_name='dmlocal',
@@ -162,12 +148,17 @@ class Orders:
 
     def wait(self, volume: str, states: list[str]) -> dict[str, Any]:
         """Until the volume has one of these states; `gone` is one."""
+        row = self.until(f'/volumes/{volume}', 'volume', states)
+        return {'status': row['status'], 'host': row.get('os-vol-host-attr:host')}
+
+    def until(self, path: str, kind: str, states: list[str]) -> dict[str, Any]:
+        """Until what is at the path has one of these states; `gone` is one."""
         until = time.monotonic() + SOON
         while True:
-            answer = self.call('GET', f'/volumes/{volume}')
-            row = answer['body'].get('volume', {'status': 'gone'})
+            body = self.call('GET', path)['body']
+            row: dict[str, Any] = body.get(kind, {'status': 'gone'})
             if row['status'] in states or time.monotonic() > until:
-                return {'status': row['status'], 'host': row.get('os-vol-host-attr:host')}
+                return row
             eventlet.sleep(0.1)
 
     def create(self, size: int = 1, **more: Any) -> dict[str, Any]:
@@ -214,25 +205,23 @@ class Orders:
         """A snapshot; waits until it is there."""
         body = {'snapshot': {'volume_id': volume, 'force': True}}
         snapshot = self.call('POST', '/snapshots', body)['body']['snapshot']['id']
-        return {'id': snapshot, **self._wait_snapshot(snapshot, 'available', 'error')}
+        row = self.until(f'/snapshots/{snapshot}', 'snapshot', ['available', 'error'])
+        return {'id': snapshot, 'status': row['status']}
 
     def delete_snapshot(self, snapshot: str) -> dict[str, Any]:
         """The end of a snapshot."""
         self.call('DELETE', f'/snapshots/{snapshot}')
-        return self._wait_snapshot(snapshot, 'gone', 'error_deleting')
+        return self.until(f'/snapshots/{snapshot}', 'snapshot', ['gone', 'error_deleting'])
 
-    def _wait_snapshot(self, snapshot: str, *states: str) -> dict[str, Any]:
-        return self.wait_for('snapshot', snapshot, *states)
-
-    def wait_for(self, kind: str, which: str, *states: str) -> dict[str, Any]:
-        """Until a snapshot or backup has one of these states; `gone` is one."""
+    def service(self, state: str) -> dict[str, Any]:
+        """Waits until cinder-volume is up or down."""
         until = time.monotonic() + SOON
         while True:
-            answer = self.call('GET', f'/{kind}s/{which}')
-            status = answer['body'].get(kind, {'status': 'gone'})['status']
-            if status in states or time.monotonic() > until:
-                return {'status': status}
-            eventlet.sleep(0.1)
+            answer = self.call('GET', '/os-services?binary=cinder-volume')
+            [found] = answer['body']['services']
+            if found['state'] == state or time.monotonic() > until:
+                return dict(found)
+            eventlet.sleep(0.2)
 
     def up(self, pools: int) -> dict[str, Any]:
         """Waits until the scheduler knows so many pools."""
