@@ -14,13 +14,11 @@ const GUEST: &str = "0d9a5f1e-6b7c-4c6e-8a35-2f1f0c9d7e44";
 /// How long anything of Cinder's may take: all of it is emulated.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// What an image holds, and the writer's words for as much of a volume.
-const IMAGE_SEED: u64 = 77;
-const IMAGE_MIB: u32 = 32;
-const OF_IMAGE: &str = "--first 8192";
+/// What the writer does of a volume, or of the image of one: the rest stays blank.
+const SOME: &str = "--blank --first 2048";
 
-/// What the writer does of a volume that was blank.
-const BLANK: &str = "--blank --first 2048";
+/// What tells the content of an image from others.
+const SEED: u64 = 77;
 
 /// Where Cinder keeps what it writes, on its node.
 const FOLDER: &str = "/root/controller";
@@ -28,9 +26,17 @@ const FOLDER: &str = "/root/controller";
 pub fn a_controller_copies_images_into_volumes_and_back(bed: &Bed) -> Result<()> {
     let mut cinder = Cinder::start(bed)?;
     let c = bed.c();
-    let (raw, seed) = (format!("{FOLDER}/image.raw"), IMAGE_SEED.to_string());
-    c.shell(&format!("truncate -s {IMAGE_MIB}M {raw}"))?.ok()?;
-    c.exec(&["dmlocal-writer", "fill", "--device", &raw, "--seed", &seed])?.ok()?;
+    let (content, raw) = (Volume::filled("content", SEED), format!("{FOLDER}/image.raw"));
+    let fill = format!(
+        "set -e
+        cd {FOLDER}
+        truncate --size 1G content
+        dmlocal-writer run --device content --state /root/content.state --seed {SEED} {SOME} \
+            --count 200
+        head --bytes 32M content >{raw}
+        rm content"
+    );
+    c.shell(&fill)?.ok()?;
     let image = cinder.id(&json!({ "do": "image", "path": raw, "form": "raw" }))?;
 
     // The agent dies while the controller copies: the data goes on without it.
@@ -42,12 +48,13 @@ pub fn a_controller_copies_images_into_volumes_and_back(bed: &Bed) -> Result<()>
     outcome?;
     let created = cinder.answer()?;
     ensure!(created["status"] == "available" && created["id"] == id.as_str(), "{created}");
-    let volume = Volume::filled(&id, IMAGE_SEED);
+    let volume = Volume::filled(&id, SEED);
     nothing_is_left_of_a_visit(c)?;
 
     // A guest finds the image in it, and writes.
     let attachment = cinder.attach(&volume, home)?;
-    volume.write(home, &format!("{OF_IMAGE} --count 200"))?.wait(PATIENCE)?;
+    content.copy_state(c, &volume, home)?;
+    volume.write(home, &format!("{SOME} --count 100"))?.wait(PATIENCE)?;
     volume.verify(home)?;
     cinder.detach(&attachment)?;
 
@@ -58,16 +65,17 @@ pub fn a_controller_copies_images_into_volumes_and_back(bed: &Bed) -> Result<()>
     nothing_is_left_of_a_visit(c)?;
     let of_volume = made["id"].as_str().context("no id")?.to_owned();
     let (second, second_home) = cinder.create(bed, json!({ "imageRef": of_volume }))?;
-    let second = Volume::filled(&second, IMAGE_SEED);
+    let second = Volume::filled(&second, SEED);
     let attachment = cinder.attach(&second, second_home)?;
     volume.copy_state(home, &second, second_home)?;
     second.verify(second_home)?;
     cinder.detach(&attachment)?;
 
-    for (volume, on) in [(&volume, home), (&second, second_home)] {
+    for (volume, on) in [(&content, c), (&volume, home), (&second, second_home)] {
         volume.forget_writer(on)?;
-        cinder.delete(volume)?;
     }
+    cinder.delete(&volume)?;
+    cinder.delete(&second)?;
     for image in [image, of_volume] {
         cinder.order(&json!({ "do": "delete_image", "image": image }))?;
     }
@@ -79,7 +87,7 @@ pub fn a_controller_backs_a_used_volume_up(bed: &Bed) -> Result<()> {
     let (id, home) = cinder.create(bed, json!({}))?;
     let volume = Volume::known(&id)?;
     let attachment = cinder.attach(&volume, home)?;
-    volume.write(home, &format!("{BLANK} --count 200"))?.wait(PATIENCE)?;
+    volume.write(home, &format!("{SOME} --count 200"))?.wait(PATIENCE)?;
     let backup = cinder.order(&json!({ "do": "backup", "volume": id, "force": true }))?;
     ensure!(backup["status"] == "available", "{backup}");
     nothing_is_left_of_a_visit(bed.c())?;
@@ -87,7 +95,7 @@ pub fn a_controller_backs_a_used_volume_up(bed: &Bed) -> Result<()> {
     let (restored, restored_home) = cinder.create(bed, json!({}))?;
     let restored = Volume::filled(&restored, u64::from_str_radix(&id[..8], 16)?);
     volume.copy_state(home, &restored, restored_home)?;
-    volume.write(home, &format!("{BLANK} --count 50"))?.wait(PATIENCE)?;
+    volume.write(home, &format!("{SOME} --count 50"))?.wait(PATIENCE)?;
     volume.verify(home)?;
     let order = json!({ "do": "restore", "backup": backup["id"], "volume": restored.id });
     let done = cinder.order(&order)?;
