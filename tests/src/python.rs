@@ -58,13 +58,21 @@ fn ready(environment: &Path) -> Result<Command> {
     Ok(python(environment))
 }
 
+/// Installs packages, or looks for them.
+pub(crate) fn pip() -> Result<Command> {
+    let mut pip = python(&environment("python", &["requirements.txt"])?);
+    pip.args(["-m", "pip"]);
+    Ok(pip)
+}
+
 fn python(environment: &Path) -> Command {
     let mut command = Command::new(environment.join("bin/python"));
     command.current_dir(folder()).env("PYTHONDONTWRITEBYTECODE", "1");
     command
 }
 
-fn folder() -> PathBuf {
+/// The driver's folder.
+pub(crate) fn folder() -> PathBuf {
     host::repository().join("cinder-driver")
 }
 

@@ -12,6 +12,8 @@ mod bed;
 mod chains;
 #[path = "volumes/cinder.rs"]
 mod cinder;
+#[path = "volumes/controller.rs"]
+mod controller;
 #[path = "volumes/faults.rs"]
 mod faults;
 #[path = "volumes/guest.rs"]
@@ -113,10 +115,16 @@ const SCENARIOS: &[Scenario] = scenarios![
     nova::a_guest_goes_wherever_nova_takes_it,
     nova::an_instance_is_evacuated_once_its_node_is_back,
     chains::a_volume_passes_through_a_node_before_it_is_whole_there,
+    controller::a_controller_copies_images_into_volumes_and_back,
+    controller::a_controller_backs_a_used_volume_up,
 ];
 
 /// Those that need a third node. They come last: nodes are started anew for them.
-const THREE: &[&str] = &["a_volume_passes_through_a_node_before_it_is_whole_there"];
+const THREE: &[&str] = &[
+    "a_volume_passes_through_a_node_before_it_is_whole_there",
+    "a_controller_copies_images_into_volumes_and_back",
+    "a_controller_backs_a_used_volume_up",
+];
 
 /// How much of the scenarios runs: `DMLOCAL_SCENARIOS` says `long` or `full`, and a
 /// scenario that is asked for by name always runs.
@@ -177,6 +185,8 @@ const FULL: &[&str] = &[
     "a_volume_passes_through_a_node_before_it_is_whole_there",
     "a_guest_goes_wherever_nova_takes_it",
     "an_instance_is_evacuated_once_its_node_is_back",
+    "a_controller_copies_images_into_volumes_and_back",
+    "a_controller_backs_a_used_volume_up",
 ];
 
 fn main() -> ExitCode {
