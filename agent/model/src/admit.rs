@@ -626,14 +626,14 @@ pub fn attach(
 /// # Errors
 /// Somebody holds it open.
 pub fn detach(record: &Record, handle: Option<&Device>) -> Result<Admitted, Refusal> {
-    // One whose source has lost power ends with its use here.
-    if let Some(receiving) = record.receiving().filter(|receiving| receiving.remote.is_none()) {
-        not_failed(record.id, receiving)?;
-    }
     if handle.is_some_and(|handle| handle.open_count > 0 && !handle.leaving) {
         return Err(Refusal::HandleInUse {
             path: crate::plan::dm_name(record, crate::name::Role::Handle).path(),
         });
+    }
+    // One whose source has lost power ends with its use here.
+    if let Some(receiving) = record.receiving().filter(|receiving| receiving.remote.is_none()) {
+        not_failed(record.id, receiving)?;
     }
     if !record.attached {
         return Ok(Admitted::Already);

@@ -1,6 +1,8 @@
 //! Messages to domain values and back. Nothing is decided here.
 
 mod snapshot;
+#[cfg(test)]
+mod test;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,7 +13,7 @@ use dmlocal_model::{
     seeding::AllocationMap,
     table::CloneStatus,
     units::Sectors,
-    volume::{ExportName, LentStage, Origin, Phase, ReceivingStage, Record, Source},
+    volume::{ExportName, LentStage, Origin, Phase, Receiving, ReceivingStage, Record, Source},
 };
 use dmlocal_proto::{API_VERSION, OLDEST_API_VERSION, v1};
 use uuid::Uuid;
@@ -238,8 +240,13 @@ fn state(view: &View) -> v1::VolumeState {
         // As long as this node is its home, what it lacks says more.
         Phase::Relaying(relay) => &relay.receiving,
     };
+    if receiving.failure.is_some() { S::Failed } else { received(view, receiving) }
+}
+
+/// How a received copy stands, or stood when it failed.
+fn received(view: &View, receiving: &Receiving) -> v1::VolumeState {
+    use v1::VolumeState as S;
     match receiving.stage {
-        _ if receiving.failure.is_some() => S::Failed,
         ReceivingStage::Remote
         | ReceivingStage::Localizing
         | ReceivingStage::Building
@@ -312,9 +319,10 @@ pub(super) fn volume(view: &View) -> v1::Volume {
         detail: view.detail.clone(),
         pool: record.pool.clone(),
         logical_block_size: record.logical_block_size,
-        grant_id: receiving
-            .map(|receiving| receiving.source.grant)
-            .or_else(|| lent.map(|lent| lent.to.grant))
+        // Of one that is received and lent at once, whoever it goes on to has to find it.
+        grant_id: lent
+            .map(|lent| lent.to.grant)
+            .or_else(|| receiving.map(|receiving| receiving.source.grant))
             .map(|grant| grant.to_string()),
         peer_node: lent.map(|lent| lent.to.node.clone()),
         incarnation: record.incarnation.to_string(),
@@ -328,10 +336,7 @@ pub(super) fn volume(view: &View) -> v1::Volume {
         }),
         stalled_since_s: view.stalled_since.map(seconds),
         held_writes: receiving
-            .filter(|receiving| {
-                use ReceivingStage as S;
-                matches!(receiving.stage, S::Held | S::Refused | S::Switching)
-            })
+            .filter(|receiving| received(view, receiving) == v1::VolumeState::Held)
             .map(|_| view.seen.as_ref().map_or(0, |seen| seen.held)),
         bytes_lost: lost.map(|lost| lost.bytes),
         source: record.lineage.made_of.map(made_of),
@@ -369,84 +374,4 @@ pub(super) fn origin(field: &'static str, source: v1::Origin) -> Result<Origin, 
 
 fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-#[cfg(test)]
-mod test {
-    use super::*;
-
-    fn grant() -> v1::Grant {
-        let uuid = |last: u8| format!("11111111-2222-4333-8444-5555555555{last:02x}");
-        v1::Grant {
-            depth: 1,
-            source: None,
-            begins: false,
-            id: uuid(1),
-            volume_id: uuid(2),
-            incarnation: uuid(3),
-            generation: 1,
-            size_bytes: 1 << 20,
-            logical_block_size: 512,
-            source_node: "a".into(),
-            source_endpoint: "https://a:7450".into(),
-            node: "b".into(),
-            hold: true,
-            address: "192.0.2.1".into(),
-            port: 4420,
-            subsystem_nqn: format!("{NQN_PREFIX}{}", uuid(6)),
-            namespace_uuid: uuid(4),
-            namespace_nguid: uuid(5),
-            api_version: API_VERSION,
-            oldest_api_version: OLDEST_API_VERSION,
-        }
-    }
-
-    fn reason(grant: v1::Grant) -> String {
-        match offer(grant, "b").unwrap_err() {
-            ServiceError::Refused(refusal) => refusal.reason().to_owned(),
-            ServiceError::Argument { field, .. } => field.to_owned(),
-            error => error.to_string(),
-        }
-    }
-
-    #[test]
-    fn a_peer_one_version_ahead_is_accepted_and_one_too_new_is_not() {
-        let ahead = v1::Grant { api_version: API_VERSION + 1, ..grant() };
-        assert!(offer(ahead, "b").is_ok());
-        let too_new = v1::Grant {
-            api_version: API_VERSION + 2,
-            oldest_api_version: API_VERSION + 1,
-            ..grant()
-        };
-        assert_eq!(reason(too_new), "PEER_VERSION");
-        let too_old = v1::Grant { api_version: 0, oldest_api_version: 0, ..grant() };
-        assert_eq!(reason(too_old), "PEER_VERSION");
-    }
-
-    #[test]
-    fn a_grant_for_another_node_is_not_a_grant() {
-        assert_eq!(reason(v1::Grant { node: "c".into(), ..grant() }), "GRANT_UNKNOWN");
-    }
-
-    #[test]
-    fn what_could_become_another_option_of_the_connection_is_refused() {
-        let field = |change: fn(&mut v1::Grant)| {
-            let mut changed = grant();
-            change(&mut changed);
-            reason(changed)
-        };
-        assert_eq!(
-            field(|g| g.subsystem_nqn = "nqn,traddr=192.0.2.9".into()),
-            "grant.subsystem_nqn"
-        );
-        // What is disconnected by it must be an import of ours.
-        let foreign = |g: &mut v1::Grant| g.subsystem_nqn = "nqn.2020-01.com.example:disk".into();
-        assert_eq!(field(foreign), "grant.subsystem_nqn");
-        assert_eq!(field(|g| g.address = "node-a".into()), "grant.address");
-        assert_eq!(field(|g| g.port = 70000), "grant.port");
-        assert_eq!(field(|g| g.port = 0), "grant.port");
-        assert_eq!(field(|g| g.source_endpoint = "http://a".into()), "grant.source_endpoint");
-        assert_eq!(field(|g| g.generation = 0), "grant.generation");
-        assert_eq!(field(|g| g.namespace_uuid = "x".into()), "grant.namespace_uuid");
-    }
 }
