@@ -61,7 +61,8 @@ class Cloud:
         self.servers.make_flavors()
         # Types for those that are to be created on a node, or in a backend.
         for node in self.nodes:
-            self._add_type(node, {'pool_name': node})
+            specs = {'pool_name': node, 'volume_backend_name': 'dmlocal'}
+            self._add_type(node, specs)
         for name in backends:
             self._add_type(name, {'volume_backend_name': name})
 

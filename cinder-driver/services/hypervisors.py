@@ -9,6 +9,7 @@ or nothing here where somebody else does the writing.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -258,4 +259,6 @@ class _Handler(socketserver.StreamRequestHandler):
             answer = self.hypervisors.take(event)
         except Exception as error:  # noqa: BLE001 - a guest that does not start
             answer = {'error': repr(error)}
-        self.wfile.write(json.dumps(answer).encode() + b'\n')
+        # A nova-compute that was killed waits for no answer.
+        with contextlib.suppress(BrokenPipeError):
+            self.wfile.write(json.dumps(answer).encode() + b'\n')

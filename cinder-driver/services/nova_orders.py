@@ -67,9 +67,11 @@ class Orders:
         self._cloud.volumes.delete(volume)
 
     def attached(self, volume: str) -> list[str]:
-        """Hosts that attachments of a volume name, in order."""
-        rows = self._cloud.volumes.show(volume)['attachments']
-        return sorted(str(row['host_name']) for row in rows)
+        """Hosts that attachments of a volume name, in order; the status if one names none."""
+        shown = self._cloud.volumes.show(volume)['attachments']
+        hosts = {row['attachment_id']: str(row['host_name']) for row in shown}
+        rows = self._cloud.volumes.attachments(volume)
+        return sorted(hosts.get(row['id'], row['status']) for row in rows)
 
     def home(self, volume: str) -> str:
         """Where Cinder believes a volume."""

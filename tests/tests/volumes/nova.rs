@@ -44,6 +44,11 @@ pub fn a_guest_goes_wherever_nova_takes_it(bed: &Bed) -> Result<()> {
     nova.says(&order, &["failed", "error"])?;
     b.exec(&["systemctl", "start", "dmlocald"])?.ok()?;
     nova.order(&json!({ "do": "wait_for_pools" }))?;
+    guest.progress()?;
+    // What Nova has reserved in vain goes when it starts the instance anew.
+    guest.stop(a)?;
+    nova.says(&json!({ "do": "reboot", "server": guest.server }), &["ACTIVE"])?;
+    guest.run(a)?;
     guest.stays(&mut nova, a, b)?;
 
     // Live, and what is left of it at the destination keeps Nova from rolling it back.
@@ -127,7 +132,8 @@ pub fn an_instance_is_evacuated_once_its_node_is_back(bed: &Bed) -> Result<()> {
     let writer = more.write(b, SOME)?;
     writer.progress()?;
     writer.stop(b)?;
-    more.wait_until_alone(b)?;
+    more.wait_for(b, "local", LATER)?;
+    more.wait_until_gone(a)?;
     nova.order(&json!({ "do": "detach", "server": guest.server, "volume": more.id }))?;
     nova.order(&attach)?;
     more.verify(b)?;
