@@ -104,6 +104,7 @@ def of_call(node: str, error: grpc.RpcError) -> AgentError:
 # What a caller of Cinder can do something about, beyond an operator's reading of logs.
 _ADVICE: Mapping[str, str] = {
     'NO_ROOM': 'choose another node, or make room there',
+    'ALWAYS_REMOTE': "volumes of that size are only used remotely there, by the node's rule",
     'POOL_MISSING': "the node's pool must be brought back",
     'VOLUME_MOVING': 'wait until the volume has arrived, then repeat',
     'CHAIN_TOO_DEEP': 'wait until the volume has arrived, then repeat',

@@ -8,6 +8,7 @@ to clear away.
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 from oslo_log import log as logging
 
@@ -26,10 +27,13 @@ def move(
     pool: str,
     *,
     hold: bool,
-    visits: bool = False,
+    mode: Any = pb.RECEIVE_MODE_UNSPECIFIED,
     origin: pb.Origin | None = None,
 ) -> Copy:
-    """Has `source` offer a volume, or with `origin` a copy of it, and `node` receive it."""
+    """Has `source` offer a volume, or with `origin` a copy of it, and `node` receive it.
+
+    `mode` says where its data is to be; the destination decides unless it is told.
+    """
     whom = node.look(node.nodes.GetNode, pb.GetNodeRequest())
     grant_id = str(uuid.uuid4())
     grant = source.call(
@@ -44,8 +48,8 @@ def move(
             source=origin,
         ),
     )
-    mode = pb.RECEIVE_MODE_REMOTE if visits else pb.RECEIVE_MODE_UNSPECIFIED
-    request = pb.ReceiveRequest(grant=grant, pool='' if visits else pool, mode=mode)
+    takes_room = mode != pb.RECEIVE_MODE_REMOTE
+    request = pb.ReceiveRequest(grant=grant, pool=pool if takes_room else '', mode=mode)
     try:
         return Copy(node, node.call(node.moves.Receive, request))
     except errors.Refused:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from oslo_log import log as logging
 from oslo_utils import units
@@ -226,6 +227,10 @@ class Volumes:
 
         Raises errors.InUse if it is open elsewhere although no attachment is there.
         """
+        mode = pb.RECEIVE_MODE_REMOTE if visits else pb.RECEIVE_MODE_UNSPECIFIED
+        return self._attach(known, node, mode)
+
+    def _attach(self, known: Known, node: Node, mode: Any) -> Placed:
         found = find(self._fleet, known, node.name)
         owner = found.must_have_owner()
         here = found.copies.get(node.name)
@@ -244,13 +249,13 @@ class Volumes:
             owner = self._close(owner)
             if was_remote:
                 # It has gone home by being closed.
-                return self.attach(known, node, visits=visits)
+                return self._attach(known, node, mode)
         owner = self._localized(owner)
         if here is not None and here.is_fenced and here.volume.attached:
             # The device of an earlier stay, which leads nowhere any more.
             self._close(here)
         pool = self._settings.pool
-        copy = handover.move(known.id, owner.node, node, pool, hold=is_used, visits=visits)
+        copy = handover.move(known.id, owner.node, node, pool, hold=is_used, mode=mode)
         path = str(copy.volume.device_path)
         return Placed(copy.home, path) if path else self._open(copy)
 
@@ -286,7 +291,8 @@ class Volumes:
             others.remove(host)
         if host in others:
             LOG.info('Volume %s stays on %s: another attachment is there.', known.id, host)
-            return None
+            owner = find(self._fleet, known, host).owner
+            return Placed(owner.home) if owner else None
         try:
             return self._detach(known, host, others)
         except errors.Unreachable as error:
@@ -392,7 +398,8 @@ class Volumes:
             if owner.node.name in known.hosts:
                 raise errors.InUse(volume=known.id, node=owner.node.name)
             self._close(owner)
-        self.attach(known, node)
+        # Where there is no room it is refused: used remotely, it would not have moved.
+        self._attach(known, node, pb.RECEIVE_MODE_LOCAL)
         copy = find(self._fleet, known, node.name).must_have_owner()
         self._close(copy)
         return Placed(node.name)

@@ -40,14 +40,19 @@ pub struct Image {
 /// Makes what takes longest and needs nothing of this project's own, unless it is
 /// there. Meant to run while the project is built.
 pub fn prepare() -> Result<()> {
-    artefact("debian", &debian::RECIPE, debian::make).map(drop)
+    debian().map(drop)
+}
+
+/// The system that nodes run.
+pub(crate) fn debian() -> Result<PathBuf> {
+    artefact("debian", &debian::RECIPE, debian::make)
 }
 
 impl Image {
     /// The image for this host and this source, made now if it is not there yet.
     /// `guest` is the program that runs commands inside nodes.
     pub fn ensure(guest: &Path) -> Result<Image> {
-        let debian = artefact("debian", &debian::RECIPE, debian::make)?;
+        let debian = debian()?;
         let boot = Boot { acceleration: qemu::acceleration(&debian)?, kernel: debian.clone() };
         let version = qemu::version()?;
         let accelerated = format!("{:?}", boot.acceleration);
@@ -147,14 +152,7 @@ fn boot_and_save(at: &Path, boot: &Boot, network: &Network) -> Result<()> {
 }
 
 fn make_root(at: &Path, boot: &Boot, guest: &Path) -> Result<()> {
-    let rootfs = at.join("rootfs");
-    // Links instead of copies: only what is added is new.
-    host::output(
-        Command::new("cp")
-            .args(["--archive", "--link"])
-            .arg(boot.kernel.join("rootfs"))
-            .arg(&rootfs),
-    )?;
+    let rootfs = link_rootfs(&boot.kernel, at)?;
     let bed = rootfs.join("usr/lib/bed");
     fs::create_dir(&bed).context("creating the bed's directory")?;
     script(&bed, "network", NETWORK)?;
@@ -168,6 +166,13 @@ fn make_root(at: &Path, boot: &Boot, guest: &Path) -> Result<()> {
             .arg("4G"),
     )?;
     remove(&rootfs)
+}
+
+/// A root to add something to. Links instead of copies: only what is added is new.
+pub(crate) fn link_rootfs(debian: &Path, at: &Path) -> Result<PathBuf> {
+    let (from, to) = (debian.join("rootfs"), at.join("rootfs"));
+    host::output(Command::new("cp").args(["--archive", "--link"]).args([&from, &to]))?;
+    Ok(to)
 }
 
 /// Lays an empty disk over another, which it never writes to.

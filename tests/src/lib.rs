@@ -13,6 +13,7 @@
 //! content    what dmlocal-writer writes and checks inside a node
 //! boot       a boot disk for a guest inside a node
 //! python     Python with what the Cinder driver is tested with (cached)
+//! controller a disk with Cinder, for a node that Cinder is to run on (cached)
 //! ```
 //!
 //! A node starts in about two seconds, because it is a restored snapshot with
@@ -22,6 +23,7 @@
 pub mod boot;
 pub mod cluster;
 pub mod content;
+pub mod controller;
 mod debian;
 pub mod guest;
 mod host;

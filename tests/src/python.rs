@@ -16,6 +16,9 @@ use crate::image::artefact;
 /// Debian's Python. One that somebody has put before it in PATH may lack `venv`.
 const PYTHON: &str = "/usr/bin/python3";
 
+/// Where the pinned packages of older releases of Cinder are.
+const RELEASES: &str = "releases";
+
 /// Makes the environment of the driver's tests, unless it is there. Meant to run while the
 /// project is built.
 pub fn prepare() -> Result<()> {
@@ -32,10 +35,34 @@ pub fn in_services() -> Result<Command> {
     ready(&environment("services", &["services/requirements.txt", "requirements.txt"])?)
 }
 
+/// The same with an older release of Cinder: one of [`releases`].
+pub fn in_release(release: &str) -> Result<Command> {
+    ready(&environment("python", &[&format!("{RELEASES}/{release}.txt")])?)
+}
+
+/// The older releases of Cinder that the driver is tested with, by their major versions.
+pub fn releases() -> Result<Vec<String>> {
+    let listed = fs::read_dir(folder().join(RELEASES)).context("listing Cinder's releases")?;
+    let mut names = Vec::new();
+    for entry in listed {
+        let path = entry.context("listing Cinder's releases")?.path();
+        names.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
+    }
+    names.sort();
+    Ok(names)
+}
+
 fn ready(environment: &Path) -> Result<Command> {
     host::output(python(environment).args(["setup.py", "generate"]))
         .context("generating the agents' interface")?;
     Ok(python(environment))
+}
+
+/// Installs packages, or looks for them.
+pub(crate) fn pip() -> Result<Command> {
+    let mut pip = python(&environment("python", &["requirements.txt"])?);
+    pip.args(["-m", "pip"]);
+    Ok(pip)
 }
 
 fn python(environment: &Path) -> Command {
@@ -44,7 +71,8 @@ fn python(environment: &Path) -> Command {
     command
 }
 
-fn folder() -> PathBuf {
+/// The driver's folder.
+pub(crate) fn folder() -> PathBuf {
     host::repository().join("cinder-driver")
 }
 

@@ -60,6 +60,7 @@ pub struct Boot {
 struct Disk {
     serial: String,
     file: PathBuf,
+    read_only: bool,
 }
 
 /// A virtual machine, running or not.
@@ -173,17 +174,25 @@ impl Machine {
 
     /// Adds an empty disk; the guest finds it as `/dev/disk/by-id/virtio-SERIAL`.
     pub fn add_disk(&self, serial: &str, bytes: u64) -> Result<()> {
+        let file = self.directory.join(format!("disk-{serial}.raw"));
+        let created = File::create_new(&file).context("creating the disk")?;
+        created.set_len(bytes).context("sizing the disk")?;
+        self.plug(Disk { serial: serial.to_owned(), file, read_only: false })
+    }
+
+    /// Adds a disk that others have as well, and nobody writes.
+    pub fn lend_disk(&self, serial: &str, file: &Path) -> Result<()> {
+        self.plug(Disk { serial: serial.to_owned(), file: file.to_owned(), read_only: true })
+    }
+
+    fn plug(&self, disk: Disk) -> Result<()> {
         let mut disks = self.disks()?;
-        let disk = Disk {
-            serial: serial.to_owned(),
-            file: self.directory.join(format!("disk-{serial}.raw")),
-        };
-        let file = File::create_new(&disk.file).context("creating the disk")?;
-        file.set_len(bytes).context("sizing the disk")?;
+        let Disk { serial, file, read_only } = &disk;
         self.qmp(
             "blockdev-add",
             &json!({ "node-name": serial, "driver": "raw", "discard": "unmap",
-                "file": { "driver": "file", "filename": &disk.file, "aio": "threads" } }),
+                "read-only": read_only,
+                "file": { "driver": "file", "filename": file, "aio": "threads" } }),
         )?;
         self.qmp(
             "device_add",
@@ -274,8 +283,9 @@ impl Machine {
             add("-drive", format!("if=none,id={serial},discard=unmap,{cache},{file}"));
             add("-device", format!("virtio-blk-pci,drive={serial},serial={serial},addr={slot}"));
         }
-        for Disk { serial, file } in self.disks()? {
-            let file = format!("file={},format=raw", file.display());
+        for Disk { serial, file, read_only } in self.disks()? {
+            let write = if read_only { "readonly=on" } else { "readonly=off" };
+            let file = format!("{write},file={},format=raw", file.display());
             add("-drive", format!("if=none,id={serial},discard=unmap,cache=writeback,{file}"));
             add(
                 "-device",

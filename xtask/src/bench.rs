@@ -6,6 +6,7 @@
 //! measured, whatever holds.
 
 mod copies;
+mod driver;
 mod handle;
 mod load;
 mod longest;
@@ -68,24 +69,40 @@ impl Row {
     }
 }
 
-/// Builds, boots two nodes, measures and prints.
+/// Measures and prints.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    run::become_root()?;
+    let only = arguments.only.as_deref().unwrap_or("");
+    let wanted = |names: &[&str]| names.iter().any(|name| name.contains(only));
+    let longest: Vec<_> = longest::ALL.iter().map(|longest| longest.name).collect();
+    let on_nodes =
+        [&memory::NAMES[..], &copies::NAMES, &handle::NAMES, &load::NAMES, &longest].concat();
+    let takes_nodes = wanted(&on_nodes);
+    if takes_nodes {
+        run::become_root()?;
+    }
+    let mut rows = Vec::new();
+    if wanted(&driver::NAMES) {
+        rows.extend(run::part("driver", driver::rows)?);
+    }
+    let measured = if takes_nodes { on_two_nodes(arguments, &wanted, &mut rows) } else { Ok(()) };
+    // What was measured is worth knowing, whatever became of the rest.
+    print(&rows, &arguments.output);
+    measured
+}
+
+/// Builds, boots two nodes and measures on them.
+fn on_two_nodes(
+    arguments: &Arguments,
+    wanted: &impl Fn(&[&str]) -> bool,
+    rows: &mut Vec<Row>,
+) -> Result<()> {
     if !arguments.no_build {
         run::build_for_nodes()?;
     }
     let cluster = run::part("two nodes boot", || Cluster::start(&Options::default()))?;
     let bench =
         Bench { a: cluster.node("a")?, b: cluster.node("b")?, quiet: arguments.output == "json" };
-    let wanted = |names: &[&str]| {
-        let only = arguments.only.as_deref().unwrap_or("");
-        names.iter().any(|name| name.contains(only))
-    };
-    let mut rows = Vec::new();
-    let measured = bench.measure(&wanted, &mut rows);
-    // What was measured is worth knowing, whatever became of the rest.
-    print(&rows, &arguments.output);
-    measured
+    bench.measure(wanted, rows)
 }
 
 fn print(rows: &[Row], output: &str) {
@@ -121,12 +138,12 @@ impl Bench<'_> {
     }
 
     fn measure(&self, wanted: &impl Fn(&[&str]) -> bool, rows: &mut Vec<Row>) -> Result<()> {
-        if wanted(&["rss_idle_mib"]) {
+        if wanted(&memory::NAMES[..1]) {
             rows.push(self.rss_idle()?);
         }
         // Rounds on one node leave the other's memory alone, and take long.
         let (grown, prepared) = thread::scope(|scope| {
-            let grown = wanted(&["rss_growth_200_rounds"])
+            let grown = wanted(&memory::NAMES[1..])
                 .then(|| scope.spawn(|| run::part("memory", || self.rss_growth())));
             let prepared = run::part("volumes", || self.prepare(wanted));
             (grown.map(thread::ScopedJoinHandle::join), prepared)

@@ -1,7 +1,7 @@
 //! What a change must pass.
 
 use anyhow::Result;
-use dmlocal_testbed::packages;
+use dmlocal_testbed::{packages, python};
 
 use crate::{run, tidy};
 
@@ -46,6 +46,11 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
     let named: Vec<&str> = only.iter().flat_map(|name| ["-k", name]).collect();
     let driver = ["unittest", "discover", "--buffer", "-t", ".", "-s", "cinder_dmlocal/tests"];
     run::python(&[&driver[..], &named].concat())?;
+    if arguments.full {
+        for release in python::releases()? {
+            run::python_of(&release, &[&driver[..], &named].concat())?;
+        }
+    }
     let whole = ["unittest", "--buffer", "cinder_dmlocal.tests.check_whole"];
     run::python(&[&whole[..], &named].concat())?;
     if arguments.no_vm {

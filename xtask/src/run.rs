@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use dmlocal_testbed::packages;
+use dmlocal_testbed::{packages, python};
 use nix::unistd::Uid;
 
 /// Does one part of a longer task and tells how long it took.
@@ -38,24 +38,30 @@ const NO_TESTS: i32 = 5;
 
 /// Runs a module of Python's in the Cinder driver's folder.
 pub(crate) fn python(module: &[&str]) -> Result<()> {
-    run_python(module, packages::DRIVER, dmlocal_testbed::python::in_driver)
+    started(&format!("python -m {}", module.join(" ")), &[], python::in_driver, module)
+}
+
+/// The same with an older release of Cinder.
+pub(crate) fn python_of(release: &str, module: &[&str]) -> Result<()> {
+    let shown = format!("python -m {} with Cinder {release}", module.join(" "));
+    started(&shown, &[], || python::in_release(release), module)
 }
 
 /// The same, beside the services that the driver's tests start.
 pub(crate) fn python_in_services(module: &[&str]) -> Result<()> {
-    let needed = [packages::DRIVER, packages::SERVICES].concat();
-    run_python(module, &needed, dmlocal_testbed::python::in_services)
+    let shown = format!("python -m {}", module.join(" "));
+    started(&shown, packages::SERVICES, python::in_services, module)
 }
 
-fn run_python(
+fn started(
+    shown: &str,
+    more: &[&str],
+    python: impl FnOnce() -> Result<Command>,
     module: &[&str],
-    needed: &[&str],
-    environment: fn() -> Result<Command>,
 ) -> Result<()> {
-    let shown = format!("python -m {}", module.join(" "));
-    part(&shown, || {
-        packages::ensure(needed)?;
-        let status = environment()?.arg("-m").args(module).status().context("starting Python")?;
+    part(shown, || {
+        packages::ensure(&[packages::DRIVER, more].concat())?;
+        let status = python()?.arg("-m").args(module).status().context("starting Python")?;
         let has_none = module.contains(&"-k") && status.code() == Some(NO_TESTS);
         if !status.success() && !has_none {
             bail!("{status}");

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::{Subcommand, ValueEnum};
-use dmlocal_testbed::{Cluster, Node, Options};
+use dmlocal_testbed::{Cluster, Node, Options, controller};
 
 use crate::run;
 
@@ -43,6 +43,11 @@ enum Order {
         /// The program and its arguments
         #[arg(last = true, required = true)]
         command: Vec<String>,
+    },
+    /// Gives a node Python with Cinder and the driver: /srv/cinder, /srv/driver
+    Cinder {
+        /// Which node
+        node: String,
     },
     /// Cuts a node's power
     Kill {
@@ -90,6 +95,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<ExitCode> {
             let command: Vec<&str> = command.iter().map(String::as_str).collect();
             return exec(Cluster::open(name)?.node(&node)?, &command);
         }
+        Order::Cinder { node } => controller::install(Cluster::open(name)?.node(&node)?)?,
         Order::Kill { node } => Cluster::open(name)?.node(&node)?.kill()?,
         Order::Start { node } => Cluster::open(name)?.node(&node)?.start()?,
         Order::Link { node, state } => {

@@ -76,6 +76,7 @@ class Calls:
     snapshots: dict[str, Snap]
     capacity: int
     has_pool: bool
+    takes_remote: bool
 
     def ask_for_fence(self, vol: Vol) -> bool:
         """Whether the source of a held copy is fenced."""
@@ -365,7 +366,8 @@ class Calls:
         if there is not None and there.attached:
             raise Refusal('HANDLE_IN_USE')
         stays = request.mode == pb.RECEIVE_MODE_REMOTE
-        is_remote = stays or (not self.has_pool and request.mode == 0 and not request.pool)
+        is_full = not self.has_pool or (self.takes_remote and grant.size_bytes > self._free())
+        is_remote = stays or (is_full and request.mode == 0 and not request.pool)
         source = self.fleet.agents[grant.source_node].volumes[grant.volume_id]
         if not is_remote:
             self._need(grant.size_bytes)

@@ -21,6 +21,7 @@ from typing import Any
 from cinder_dmlocal.tests.fake import GIB, FakeFleet, Refusal, Vol
 
 NODES = ['node-a', 'node-b']
+INSTANCE = str(uuid.uuid4())
 
 
 @functools.cache
@@ -223,12 +224,17 @@ class Answers(WholeCinder):
 
     def test_a_host_without_an_agent_is_the_callers_mistake(self) -> None:
         volume, _home = self.create()
-        body = {'attachment': {'volume_uuid': volume, 'instance_uuid': str(uuid.uuid4())}}
+        body = {'attachment': {'volume_uuid': volume, 'instance_uuid': INSTANCE}}
         row = self.call('POST', '/attachments', body)['attachment']['id']
         body = {'attachment': {'connector': {'host': 'elsewhere'}}}
         refusal = self.call('PUT', f'/attachments/{row}', body, expected=400)
         self.assertIn('dmlocal_nodes', json.dumps(refusal))
-        self.detach(row)
+        # Of a call that makes the attachment with its connector, Cinder's API says 500.
+        answer = self.order('attach', volume=volume, instance=INSTANCE, host='elsewhere')
+        self.assertEqual(500, answer['status'])
+        self.assertIn('dmlocal_nodes', json.dumps(answer))
+        for left in self.call('GET', f'/attachments?volume_id={volume}')['attachments']:
+            self.detach(left['id'])
         self.delete(volume)
 
     def test_a_user_hears_of_a_detach_that_failed(self) -> None:

@@ -10,10 +10,12 @@ is done by methods with plain names.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -66,6 +68,8 @@ class Agent(Calls):
         self.snapshots: dict[str, Snap] = {}
         self.capacity = 100 * GIB
         self.has_pool = True
+        # [receive] when_full = "remote"
+        self.takes_remote = False
         self.is_down = False
         self.says_refused: dict[str, Refusal] = {}
         self.loses_answer: set[str] = set()
@@ -82,7 +86,7 @@ class Agent(Calls):
         return gate.lead(lambda: self._answer(method, request, context))
 
     def _answer(self, method: str, request: Any, context: Any) -> Any:
-        with self.fleet.lock:
+        with self.fleet.lock, self.fleet.serving():
             if self.is_down:
                 context.abort(grpc.StatusCode.UNAVAILABLE, 'connection refused')
             self.calls[method] += 1
@@ -188,6 +192,7 @@ class FakeFleet:
         copies_at_once: bool = False,
     ) -> None:
         self.lock = threading.RLock()
+        self.served = 0.0
         self.disks = Disks(folder)
         self.copies_at_once = copies_at_once
         self.authority = authority or Authority()
@@ -213,6 +218,15 @@ class FakeFleet:
         port = server.add_secure_port('127.0.0.1:0', credentials)
         server.start()
         return server, port
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Adds up the time in which agents do what they are asked for."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.served += time.perf_counter() - began
 
     def reset(self) -> None:
         """As a fleet that has just been set up."""

@@ -8,22 +8,20 @@ FOLDER has ca.pem, cert.pem and key.pem. Ends with success once all are answered
 from __future__ import annotations
 
 # Before anything else is imported, as in Cinder's services.
-from cinder import monkey_patch
+import eventlet
 
-monkey_patch.patch()
+eventlet.monkey_patch()
 
 # ruff: noqa: E402
 import os
 import sys
 
-import eventlet
-
 from cinder_dmlocal import fleet, options
 from cinder_dmlocal.tests import base
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
 
-CALLERS = 8
-CALLS = 200
+CALLERS = 16
+CALLS = 300
 
 
 def main() -> None:

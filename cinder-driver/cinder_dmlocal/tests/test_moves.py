@@ -33,6 +33,14 @@ class Moves(DriverTestCase):
             self.assertTrue(self.driver.migrate_volume(None, volume, self.target('b'))[0])
         self.assert_where(volume, a='FENCED', b='HYDRATING')
 
+    def test_a_node_without_room_does_not_get_a_volume_only_in_name(self) -> None:
+        volume = self.cinder.create()
+        target = self.target('b')
+        self.agent('b').takes_remote, self.agent('b').capacity = True, 0
+        with self.refused('NO_ROOM', 'node-b'):
+            self.driver.migrate_volume(None, volume, target)
+        self.assert_where(volume, a='LOCAL')
+
     def test_what_an_interrupted_migration_left_is_finished(self) -> None:
         volume = self.cinder.create()
         row = self.cinder.attach(volume, 'node-b')
@@ -195,13 +203,14 @@ class TakingOver(DriverTestCase):
         self.agent('a').volumes[self.found.id] = self.found
         self.ref = {'source-id': self.found.id}
         self.volume = Volume(0, f'{SERVICE}#node-a')
-        # What Cinder has, by their ids and by the ids that agents know them by.
+        # What Cinder has, by its own ids and by those that agents know it by.
         self.rows: set[str] = set()
+        self.named: set[str] = set()
         for cls, key in ((objects.Volume, '_name_id'), (objects.Snapshot, 'provider_id')):
             self.patch(cls, 'exists', lambda _, id_: id_ in self.rows)
             of_all = getattr(objects, f'{cls.__name__}List')
             self.patch(
-                of_all, 'get_all', lambda _, filters, key=key: self.rows & {filters[key]}
+                of_all, 'get_all', lambda _, filters, key=key: self.named & {filters[key]}
             )
 
     def patch(self, where: Any, name: str, by: Any) -> None:
@@ -210,15 +219,17 @@ class TakingOver(DriverTestCase):
         self.addCleanup(patcher.stop)
 
     def test_what_cinder_has_already_is_refused(self) -> None:
-        self.rows = {self.found.id}
-        with self.assertRaises(exception.ManageExistingAlreadyManaged):
-            self.driver.manage_existing(self.volume, self.ref)
         volume = self.cinder.create()
         other = Snapshot(volume)
         self.driver.create_snapshot(other)
-        self.rows = {other.id}
-        with self.assertRaises(exception.ManageExistingAlreadyManaged):
-            self.driver.manage_existing_snapshot(Snapshot(volume), {'source-id': other.id})
+        ref = {'source-id': other.id}
+        for has in (self.rows, self.named):
+            has.update({self.found.id, other.id})
+            with self.assertRaises(exception.ManageExistingAlreadyManaged):
+                self.driver.manage_existing(self.volume, self.ref)
+            with self.assertRaises(exception.ManageExistingAlreadyManaged):
+                self.driver.manage_existing_snapshot(Snapshot(volume), ref)
+            has.clear()
 
     def test_a_volume_is_taken_over_and_keeps_its_id_at_the_agents(self) -> None:
         self.assertEqual(2, self.driver.manage_existing_get_size(self.volume, self.ref))

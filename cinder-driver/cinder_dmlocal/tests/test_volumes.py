@@ -38,6 +38,14 @@ class Volumes(DriverTestCase):
             self.cinder.create()
         self.assertFalse(stays_here(caught.exception))
 
+    def test_what_cinder_deletes_after_it_has_tried_elsewhere_stays(self) -> None:
+        volume = self.cinder.create()
+        # Cinder has taken the host away, and another call has created the volume since.
+        stale = Volume(1, None, 'creating', id=volume.id)  # type: ignore[arg-type]
+        with self.refused():
+            self.driver.delete_volume(stale)
+        self.assert_where(volume, a='LOCAL')
+
     def test_a_creation_that_may_have_been_done_is_tried_on_no_other_node(self) -> None:
         self.agent('a').loses_answer.add('Volumes.Create')
         volume = Volume(1, f'{SERVICE}#node-a', 'creating')

@@ -21,6 +21,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import eventlet
@@ -40,7 +41,7 @@ from oslo_log import log as logging
 from cinder_dmlocal.tests import trusting
 
 PORT = 18779
-SOON = 60.0
+SOON = 180.0
 
 # What docs/cinder.md recommends: what had no room is not asked again.
 FILTERS = 'AvailabilityZoneFilter,CapacityFilter,CapabilitiesFilter,IgnoreAttemptedHostsFilter'
@@ -69,7 +70,7 @@ enabled_backends = dmlocal
 default_volume_type = __DEFAULT__
 scheduler_driver_init_wait_time = 1
 report_interval = 1
-service_down_time = 8
+service_down_time = 15
 scheduler_default_filters = {FILTERS}
 periodic_interval = 2
 rpc_response_timeout = 120
@@ -84,7 +85,6 @@ dmlocal_dead_nodes = {', '.join(name for name, endpoint in nodes.items() if not 
 dmlocal_ca = {folder}/ca.pem
 dmlocal_cert = {folder}/driver.pem
 dmlocal_key = {folder}/driver.key
-dmlocal_look_timeout = 3
 dmlocal_call_timeout = 100
 
 [database]
@@ -102,10 +102,13 @@ fixed_key = {'0' * 64}
 """
 
 
-def start(folder: pathlib.Path, nodes: dict[str, str]) -> list[Any]:
-    """Starts the three services; gives them so that somebody keeps them."""
+def start(folder: pathlib.Path, nodes: dict[str, str], more: str = '') -> list[Any]:
+    """Starts the three services; gives them so that somebody keeps them.
+
+    What `more` of the configuration says counts more.
+    """
     path = folder / 'cinder.conf'
-    path.write_text(configuration(folder, nodes))
+    path.write_text(configuration(folder, nodes) + more)
     objects.register_all()
     cfg.CONF(['--config-file', str(path)], project='cinder', version=version.version_string())
     logging.setup(cfg.CONF, 'cinder')
@@ -246,15 +249,17 @@ def obey(orders: Orders, answers: Any) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def main() -> None:
+def main(
+    begin: Callable[..., list[Any]] = start, orders_of: Callable[[], Orders] = Orders
+) -> None:
     """Begins, and ends with standard input."""
     folder = pathlib.Path(sys.argv[1])
     nodes = dict(argument.split('=', 1) for argument in sys.argv[2:])
     # What libraries print is not an answer.
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
-    kept = start(folder, nodes)
-    orders = Orders()
+    kept = begin(folder, nodes)
+    orders = orders_of()
     alive = sum(1 for endpoint in nodes.values() if endpoint)
     print(json.dumps(orders.up(alive)), file=answers, flush=True)
     obey(orders, answers)

@@ -167,7 +167,12 @@ impl Volume {
     /// One that somebody else has created.
     pub fn known(id: &str) -> Result<Volume> {
         let seed = u64::from_str_radix(id.get(..8).context("no id of a volume")?, 16)?;
-        Ok(Volume { device: format!("/dev/mapper/dmlocal-{id}"), id: id.to_owned(), seed })
+        Ok(Volume::filled(id, seed))
+    }
+
+    /// One that somebody else has created and filled.
+    pub fn filled(id: &str, seed: u64) -> Volume {
+        Volume { device: format!("/dev/mapper/dmlocal-{id}"), id: id.to_owned(), seed }
     }
 
     /// Creates and attaches one.
@@ -343,6 +348,13 @@ impl Volume {
         let unpack = format!("base64 --decode >{state} && sync {state}");
         to.exec_with(&["sh", "-c", &unpack], text.as_bytes(), SOON)?.ok()?;
         from.exec(&["rm", &state])?.ok().map(drop)
+    }
+
+    /// Takes what the writer knows of it to another node, for a volume with the same content.
+    pub fn copy_state(&self, from: &Node, other: &Volume, to: &Node) -> Result<()> {
+        let text = from.exec(&["base64", &self.state()])?.ok()?;
+        let unpack = format!("base64 --decode >{}", other.state());
+        to.exec_with(&["sh", "-c", &unpack], text.as_bytes(), SOON)?.ok().map(drop)
     }
 
     /// Removes what its writer has left on a node.

@@ -5,6 +5,8 @@ use dmlocal_testbed::Node;
 
 use super::{Bench, MIB, Row, shell};
 
+pub(super) const NAMES: [&str; 2] = ["rss_idle_mib", "rss_growth_200_rounds"];
+
 /// Rounds of create, attach, detach, delete, and when memory is first read.
 const ROUNDS: u32 = 200;
 const EARLY_ROUNDS: u32 = 20;
@@ -16,7 +18,7 @@ impl Bench<'_> {
     pub(super) fn rss_idle(&self) -> Result<Row> {
         let value = rss_mib(self.a)?;
         let detail = "VmRSS of dmlocald after its start".to_owned();
-        Ok(Row { name: "rss_idle_mib", value, bar: 20.0, at_least: false, detail })
+        Ok(Row { name: NAMES[0], value, bar: 20.0, at_least: false, detail })
     }
 
     pub(super) fn rss_growth(&self) -> Result<Row> {
@@ -39,7 +41,7 @@ impl Bench<'_> {
         rounds(ROUNDS - EARLY_ROUNDS)?;
         let late = rss_mib(self.b)?;
         Ok(Row {
-            name: "rss_growth_200_rounds",
+            name: NAMES[1],
             value: late / early,
             bar: 1.1,
             at_least: false,
