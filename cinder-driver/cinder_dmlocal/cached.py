@@ -22,11 +22,17 @@ def source(database: Any, volume: Any, image_meta: Any) -> Any | None:
     if context is None:
         return None
     for entry in database.image_volume_cache_get_all(context, image_id=image_meta['id']):
-        if _serves(entry, volume, image_meta):
-            try:
-                return objects.Volume.get_by_id(context, entry['volume_id'])
-            except exception.VolumeNotFound:
-                continue
+        if not _serves(entry, volume, image_meta):
+            continue
+        try:
+            found = objects.Volume.get_by_id(context, entry['volume_id'])
+        except exception.VolumeNotFound:
+            continue
+        # What is used stays longest in the cache.
+        database.image_volume_cache_get_and_update_last_used(
+            context, image_meta['id'], cluster_name=entry['cluster_name']
+        )
+        return found
     return None
 
 

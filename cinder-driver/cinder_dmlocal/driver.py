@@ -138,7 +138,8 @@ class DmLocalDriver(driver.VolumeDriver):
         image_service: Any,
     ) -> tuple[dict[str, Any] | None, bool]:
         """Makes a volume of one in the image cache that Cinder itself would not find."""
-        source = cached.source(self.db, volume, image_meta)
+        is_wanted = self.configuration.safe_get('image_volume_cache_enabled')
+        source = cached.source(self.db, volume, image_meta) if is_wanted else None
         if source is None:
             return None, False
         try:

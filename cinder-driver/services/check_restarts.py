@@ -16,13 +16,15 @@ from services.cloud import CONTROLLER, FilesTestCase, later
 
 class Restarts(FilesTestCase):
     @contextlib.contextmanager
-    def killed(self, node: str, method: str, *, is_done: bool = False) -> Iterator[None]:
+    def killed(
+        self, node: str, method: str, *, is_done: bool = False, fleet: str = 'dmlocal'
+    ) -> Iterator[None]:
         """What is inside is under way at an agent when cinder-volume is killed.
 
         It has been done there by then, or is done after that.
         """
         gate = Gate(is_done)
-        self.fleet.agents[node].gates[method] = gate
+        self.cloud.fleets[fleet].agents[node].gates[method] = gate
         yield
         processes = self.cloud.processes
         processes.wait(f'{node} is not asked for {method}', gate.reached.is_set)
@@ -93,6 +95,27 @@ class Restarts(FilesTestCase):
         self.cloud.processes.wait(f'{volume} does not move', lambda: self.is_at(volume, away))
         self.assert_content(volume, self.file('one'), away)
         self.delete(volume)
+
+    def test_a_copy_to_another_backend_is_reset_and_begun_again(self) -> None:
+        volume = self.create('any')
+        home = self.node_of(volume)
+        self.write(volume, self.file('one'), home)
+        fleet, away = ('dmlocal', 'node-a') if home == 'node-x' else ('other', 'node-x')
+        host = {'host': f'fleet@{fleet}#{away}'}
+        with self.killed(away, 'Volumes.Create', is_done=True, fleet=fleet):
+            self.block.act(volume, os_migrate_volume=host)
+        rows = self.block.call('GET', '/volumes/detail?all_tenants=1')['volumes']
+        [copy] = [row['id'] for row in rows if row['id'] != volume]
+        self.block.wait(copy, 'error')
+        for one in (volume, copy):
+            self.reset(one)
+        self.delete(copy)
+        self.assert_content(volume, self.file('one'), home)
+        self.block.act(volume, os_migrate_volume=host)
+        self.cloud.processes.wait(f'{volume} does not move', lambda: self.is_at(volume, away))
+        self.assert_content(volume, self.file('one'), away)
+        self.delete(volume)
+        self.cloud.processes.wait('there is more', lambda: not self.cloud.left())
 
     def is_at(self, volume: str, node: str) -> bool:
         is_idle = self.block.show(volume)['status'] == 'available'

@@ -164,9 +164,13 @@ class Cloud:
         what = {'group_type': {'name': name}}
         return str(self.block.call('POST', '/group_types', what)['group_type']['id'])
 
+    def left(self) -> list[str]:
+        """What all agents have."""
+        return [one for fleet in self.fleets.values() for one in fleet.left()]
+
     def leaks(self) -> list[str]:
         """What is there that should not be when a test is over."""
-        found = [one for fleet in self.fleets.values() for one in fleet.left()]
+        found = self.left()
         disks = self.folder / 'disks'
         found += [str(path) for path in disks.rglob('*') if path.is_symlink() or path.is_file()]
         found += [str(path) for path in (self.folder / 'backups').rglob('*') if path.is_file()]

@@ -6,6 +6,8 @@ import datetime
 from typing import Any
 from unittest import mock
 
+from oslo_config import cfg
+
 from cinder_dmlocal.tests.base import SERVICE, DriverTestCase, Volume
 
 CLUSTER = 'cluster@dmlocal'
@@ -15,6 +17,7 @@ CHANGED = datetime.datetime(2026, 1, 2, 3, 4, 5)
 class Cached(DriverTestCase):
     def setUp(self) -> None:
         super().setUp()
+        self.want_cache(True)
         self.cached = self.cinder.create('node-a')
         self.entry = {
             'volume_id': self.cached.id,
@@ -32,6 +35,10 @@ class Cached(DriverTestCase):
             patch.start()
             self.addCleanup(patch.stop)
 
+    def want_cache(self, is_wanted: bool) -> None:
+        group = self.driver.configuration.config_group
+        cfg.CONF.set_override('image_volume_cache_enabled', is_wanted, group=group)
+
     def clone(self, cluster: str | None = f'{CLUSTER}#node-b') -> tuple[Volume, bool]:
         """A volume of the image, and whether it was made of a cached one."""
         volume = Volume(1, f'{SERVICE}#node-b', 'creating', cluster_name=cluster)
@@ -46,6 +53,14 @@ class Cached(DriverTestCase):
         volume, is_made = self.clone()
         self.assertTrue(is_made)
         self.assert_where(volume, a='LOCAL')
+        used = self.driver.db.image_volume_cache_get_and_update_last_used
+        self.assertEqual({'cluster_name': f'{CLUSTER}#node-a'}, used.call_args.kwargs)
+
+    def test_a_cache_that_is_not_wanted_is_not_used(self) -> None:
+        self.want_cache(False)
+        volume, is_made = self.clone()
+        self.assertFalse(is_made)
+        self.assert_where(volume)
 
     def test_without_a_cluster_cinder_looks_for_it(self) -> None:
         volume, is_made = self.clone(cluster=None)
