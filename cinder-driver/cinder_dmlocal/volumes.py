@@ -291,7 +291,8 @@ class Volumes:
             others.remove(host)
         if host in others:
             LOG.info('Volume %s stays on %s: another attachment is there.', known.id, host)
-            return None
+            owner = find(self._fleet, known, host).owner
+            return Placed(owner.home) if owner else None
         try:
             return self._detach(known, host, others)
         except errors.Unreachable as error:

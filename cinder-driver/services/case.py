@@ -6,8 +6,8 @@ import contextlib
 import pathlib
 import tempfile
 import unittest
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 from cinder_dmlocal.tests.fake import FakeFleet
 from services.check_base import keep_certificates, processes_below
@@ -15,6 +15,12 @@ from services.flows import Cloud
 from services.processes import Processes
 
 NODES = ['node-a', 'node-b']
+
+# Another backend has this node as well, and is therefore another fleet to Cinder.
+SPARE = 'node-x'
+
+# Pretended agents need no patience.
+SETTINGS = {'dmlocal_close_timeout': 1, 'dmlocal_look_timeout': 2}
 
 
 def volume_of(device: str) -> str:
@@ -54,13 +60,16 @@ class NovaCase(unittest.TestCase):
         self.addCleanup(self.clear)
         self.maxDiff = None
 
+    def until(self, what: str, condition: Callable[[], Any]) -> None:
+        """Waits until a condition is true."""
+        self.cloud.processes.wait(what, condition)
+
     def guest(self, host: str = 'node-a') -> Guest:
         """A guest with two volumes, to which something was written."""
-        root = self.cloud.volume(bootable=True)
-        data = self.cloud.volume()
-        server = self.cloud.boot(host, root, data)
+        root = self.cloud.volume(host, bootable=True)
+        data = self.cloud.volume(host)
+        server = self.cloud.boot(host, [root, data])
         guest = Guest(self, server, [root, data])
-        guest.arrive()
         guest.runs_on(host)
         guest.write()
         return guest
@@ -102,6 +111,8 @@ class NovaCase(unittest.TestCase):
             self.fleet.agents[node].boot()
             self.fleet.agents[node].says_refused = {}
             self.cloud.hypervisors.lose(node)
+            if not self.cloud.nova.has_compute(node):
+                self.cloud.revive_compute(node)
         for server in self.cloud.servers.call('GET', '/servers')['servers']:
             with contextlib.suppress(AssertionError):
                 self.cloud.servers.act(server['id'], 'os-resetState', {'state': 'active'})
@@ -150,7 +161,27 @@ class Guest:
         self.server = server
         self.volumes = volumes
         self.written: dict[str, list[str]] = {volume: [] for volume in volumes}
+        # Agents go on knowing a volume that Cinder has copied by the copy's id.
+        self._ids: dict[str, str] = {}
         self._words = 0
+
+    def add(self, volume: str) -> None:
+        """It has one more."""
+        self.volumes.append(volume)
+        self.written[volume] = []
+
+    def drop(self, volume: str) -> None:
+        """It has one less."""
+        self.volumes.remove(volume)
+        del self.written[volume]
+
+    def is_copied(self, volume: str) -> None:
+        """Another copy has become this volume."""
+        self._ids[volume] = self.cloud.volumes.show(volume)['os-vol-mig-status-attr:name_id']
+
+    def id(self, volume: str) -> str:
+        """What agents call a volume."""
+        return self._ids.get(volume) or volume
 
     @property
     def host(self) -> str:
@@ -165,7 +196,7 @@ class Guest:
         word = f'{self._words}'
         for volume in self.volumes:
             with self._fleet.lock:
-                is_done = self._fleet.agents[self.host].write(volume, word)
+                is_done = self._fleet.agents[self.host].write(self.id(volume), word)
             self._case.assertTrue(is_done, f'a write to {volume} waits')
             self.written[volume].append(word)
 
@@ -173,7 +204,7 @@ class Guest:
         """Finds what it has written."""
         for volume in self.volumes:
             with self._fleet.lock:
-                data = self._fleet.agents[self.host].volumes[volume].data
+                data = self._fleet.agents[self.host].volumes[self.id(volume)].data
                 self._case.assertEqual(self.written[volume], data)
 
     def runs_on(self, host: str) -> None:
@@ -187,20 +218,20 @@ class Guest:
             shown = self.cloud.volumes.show(volume)
             case.assertEqual('in-use', shown['status'])
             # It is used there, and belongs there unless it is still offered from elsewhere.
-            where = self._fleet.where(volume)
+            where = self._fleet.where(self.id(volume))
             case.assertIn(where.get(host), ('LOCAL', 'HYDRATING', 'PUBLISHED'), where)
 
     def is_home_at(self, host: str) -> None:
         """Everything has arrived there, and nothing is left elsewhere."""
         self.arrive()
         for volume in self.volumes:
-            self._case.assertEqual({host: 'LOCAL'}, self._fleet.where(volume))
+            self._case.assertEqual({host: 'LOCAL'}, self._fleet.where(self.id(volume)))
 
     def arrive(self) -> None:
         """Copies to an end what is copied in the background."""
         with self._fleet.lock:
             for agent in self._fleet.agents.values():
-                for volume in self.volumes:
+                for volume in map(self.id, self.volumes):
                     vol = agent.volumes.get(volume)
                     if vol is not None and vol.state == 'HYDRATING':
                         agent.arrive(volume)
@@ -209,11 +240,15 @@ class Guest:
         """Its end, which leaves nothing."""
         self.arrive()
         self.cloud.servers.delete(self.server)
+        self.is_deleted()
+
+    def is_deleted(self) -> None:
+        """Its volumes are left, with all that it has written, and are deleted too."""
         for volume in self.volumes:
             self.cloud.volumes.wait(volume, 'available')
-            copies = [
-                a.volumes[volume] for a in self._fleet.agents.values() if volume in a.volumes
-            ]
+            known = self.id(volume)
+            agents = self._fleet.agents.values()
+            copies = [agent.volumes[known] for agent in agents if known in agent.volumes]
             self._case.assertEqual([self.written[volume]], [copy.data for copy in copies])
             self.cloud.volumes.delete(volume)
         self._case.assert_clean()
@@ -228,9 +263,11 @@ class Suite(unittest.TestSuite):
         with tempfile.TemporaryDirectory(prefix='dmlocal-services-') as name:
             folder = pathlib.Path(name)
             with Processes(folder) as processes:
-                fleet = FakeFleet(NODES)
+                fleet = FakeFleet([*NODES, SPARE])
                 keep_certificates(fleet, folder)
-                cloud = Cloud(processes, fleet.endpoints, FakeMachine(fleet))
+                nodes = {node: fleet.endpoints[node] for node in NODES}
+                others = {'other': fleet.endpoints}
+                cloud = Cloud(processes, nodes, FakeMachine(fleet), SETTINGS, others)
                 NovaCase.fleet, NovaCase.cloud = fleet, cloud
                 try:
                     super().run(result, debug)

@@ -6,7 +6,7 @@ at by whoever called it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.block import Cinder, agents
@@ -22,25 +22,32 @@ _STARTS_EVACUATED = '2.94'
 
 
 class Cloud:
-    """All services, with a compute on each node of the fleet."""
+    """All services, with a compute on each node of the fleet.
+
+    Other backends than the fleet's are named with the endpoints of their nodes.
+    """
 
     def __init__(
-        self, processes: Processes, endpoints: Mapping[str, str], machine: Machine
+        self,
+        processes: Processes,
+        endpoints: Mapping[str, str],
+        machine: Machine,
+        settings: Mapping[str, Any],
+        others: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         folder = processes.folder
         self.nodes = list(endpoints)
         self.hypervisors = Hypervisors(folder / 'hypervisors', machine)
         infra = Infra(processes)
-        section = {
-            **agents(folder, endpoints),
-            'dmlocal_close_timeout': 1,
-            'dmlocal_look_timeout': 2,
+        backends = {
+            name: {**agents(folder, nodes), **settings}
+            for name, nodes in {'dmlocal': endpoints, **(others or {})}.items()
         }
         [port] = free_ports(1)
         # Cinder tells Nova that a volume has grown, and has it swap volumes.
         nova = {'auth_type': 'admin_token', 'token': TOKEN}
         more = {'nova': {**nova, 'endpoint': f'http://127.0.0.1:{port}/v2.1'}}
-        self.cinder = Cinder(processes, infra, {'dmlocal': section}, more)
+        self.cinder = Cinder(processes, infra, backends, more)
         self.nova = Nova(processes, infra, self.cinder, self.hypervisors, port)
         self.cinder.sync()
         self.cinder.start('api', 'scheduler', 'volume')
@@ -52,29 +59,39 @@ class Cloud:
         self.processes = processes
         self._migrated: dict[str, int] = {}
         self.servers.make_flavors()
+        # Types for those that are to be created on a node, or in a backend.
+        for node in self.nodes:
+            self._add_type(node, {'pool_name': node})
+        for name in backends:
+            self._add_type(name, {'volume_backend_name': name})
 
-    def wait_for_pools(self) -> None:
-        """Waits until Cinder's scheduler knows every node."""
-        self.cinder.wait(*(f'fleet@dmlocal#{node}' for node in self.nodes))
+    def _add_type(self, name: str, specs: dict[str, str]) -> None:
+        body = {'volume_type': {'name': name, 'extra_specs': specs}}
+        self.volumes.call('POST', '/types', body)
+
+    def wait_for_pools(self, nodes: Sequence[str] = ()) -> None:
+        """Waits until Cinder's scheduler knows these nodes, or all."""
+        self.cinder.wait(*(f'fleet@dmlocal#{node}' for node in nodes or self.nodes))
 
     def end(self) -> None:
         """Has the guests gone. Processes are ended by whoever began them."""
         self.hypervisors.end()
 
-    def declare_dead(self, *nodes: str) -> None:
+    def declare_dead(self, nodes: Sequence[str]) -> None:
         """An operator's word, which cinder-volume reads when it starts."""
         self.cinder.restart_volume({'dmlocal': {'dmlocal_dead_nodes': ', '.join(nodes)}})
 
     # Beginning
 
-    def volume(self, *, bootable: bool = False) -> str:
-        """A volume of 1 GiB."""
-        volume = str(self.volumes.create()['id'])
+    def volume(self, node: str | None = None, *, bootable: bool = False) -> str:
+        """A volume of 1 GiB, on a node that it is to be created on or on any."""
+        more = {'volume_type': node} if node else {}
+        volume = str(self.volumes.create(**more)['id'])
         if bootable:
             self.volumes.act(volume, os_set_bootable={'bootable': True})
         return volume
 
-    def boot(self, host: str | None, *volumes: str, states: tuple[str, ...] = ()) -> str:
+    def boot(self, host: str | None, volumes: Sequence[str], states: Sequence[str] = ()) -> str:
         """An instance that runs, or has one of these states."""
         server = self.servers.boot(host, *volumes)
         self.servers.wait(server, *(states or ('ACTIVE',)))
@@ -203,6 +220,12 @@ class Cloud:
         return str(self.servers.wait(server, *states)['status'])
 
     # A host's compute
+
+    def delete_attachment(self, volume: str, host: str) -> None:
+        """An operator deletes what Nova does not know of any more."""
+        rows = self.volumes.show(volume)['attachments']
+        [row] = [row for row in rows if row['host_name'] == host]
+        self.volumes.detach(row['attachment_id'])
 
     def kill_compute(self, host: str) -> None:
         """Kills it, and has Nova know that it is down."""

@@ -19,7 +19,7 @@ import threading
 import uuid
 from typing import Any, Protocol
 
-LATER = 120.0
+LATER = 600.0
 
 
 def ask(path: str, event: dict[str, Any]) -> Any:
@@ -133,7 +133,12 @@ class Hypervisors:
         """The host loses power; its guests are gone, and nobody closes anything."""
         with self._lock:
             for key in [key for key in self._guests if key[0] == host]:
-                del self._guests[key]
+                # Whoever still has it in hand has nothing to close.
+                self._guests.pop(key).devices.clear()
+
+    def power_off(self, host: str, instance: str) -> None:
+        """Somebody ends a guest on its host, without Nova."""
+        self._end(self._guests[host, instance])
 
     def where(self, instance: str) -> list[str]:
         """The hosts on which an instance runs."""
@@ -185,7 +190,7 @@ class Hypervisors:
         key = (guest.host, guest.instance)
         if key not in self._clinging:
             self._shut(guest, list(guest.devices))
-            del self._guests[key]
+            self._guests.pop(key, None)
 
     def _plug(self, event: dict[str, Any]) -> None:
         self._open(self._guest(event), event['devices'])

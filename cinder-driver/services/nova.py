@@ -38,6 +38,8 @@ class Nova:
         (self.folder / 'locks').mkdir()
         self._infra = infra
         self._hypervisors = hypervisors
+        # When each compute had last reported before it was started.
+        self._reported: dict[str, str | None] = {}
         self.port = port
         self._placement, self._networks = free_ports(2)
         self.client = Compute(f'http://127.0.0.1:{self.port}/v2.1', processes)
@@ -149,6 +151,7 @@ class Nova:
 
     def start_compute(self, host: str) -> None:
         """Starts a host's nova-compute."""
+        self._reported[host] = (self.client.service(host) or {}).get('updated_at')
         state = self.folder / host
         state.mkdir(exist_ok=True)
         # Nova refuses to start on a host that it knows and that has lost its id.
@@ -160,16 +163,24 @@ class Nova:
         argv = module('services.hypervisor', *files)
         self.processes.start(f'nova-compute-{host}', argv, self._hypervisors.environment)
 
+    def has_compute(self, host: str) -> bool:
+        """Whether a host's nova-compute was started and not killed."""
+        return self.processes.has(f'nova-compute-{host}')
+
     def kill_compute(self, host: str) -> None:
         """Kills a host's nova-compute."""
         self.processes.kill(f'nova-compute-{host}')
 
     def wait_for_compute(self, host: str) -> None:
-        """Waits until a host's nova-compute reports."""
-        self.processes.wait(
-            f'nova-compute on {host} is down',
-            lambda: (self.client.service(host) or {}).get('state') == 'up',
-        )
+        """Waits until a host's nova-compute reports, since it was started."""
+
+        def is_up() -> bool:
+            service = self.client.service(host) or {}
+            return service.get('state') == 'up' and (
+                service['updated_at'] != self._reported[host]
+            )
+
+        self.processes.wait(f'nova-compute on {host} is down', is_up)
 
 
 def _without_keystone(port: int, token: str) -> dict[str, Any]:

@@ -136,6 +136,10 @@ class Processes:
         if status != 0:
             raise NeverHappened(f'{process.name} ended with {status}: {process.tail()}')
 
+    def has(self, name: str) -> bool:
+        """Whether a process of that name was started, and not killed."""
+        return name in self._running
+
     def kill(self, name: str) -> None:
         """Kills a process, so that it may be started anew."""
         process = self._running[name]

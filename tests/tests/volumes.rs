@@ -24,6 +24,8 @@ mod lost;
 mod migrations;
 #[path = "volumes/moves.rs"]
 mod moves;
+#[path = "volumes/nova.rs"]
+mod nova;
 #[path = "volumes/refusals.rs"]
 mod refusals;
 #[path = "volumes/remote.rs"]
@@ -110,6 +112,8 @@ const SCENARIOS: &[Scenario] = scenarios![
     cinder::a_volume_follows_its_guest_through_cinder,
     cinder::a_guest_whose_destination_fails_migrates_later,
     cinder::an_evacuated_volume_waits_for_its_node,
+    nova::a_guest_goes_wherever_nova_takes_it,
+    nova::an_instance_is_evacuated_once_its_node_is_back,
     chains::a_volume_passes_through_a_node_before_it_is_whole_there,
     controller::a_controller_copies_images_into_volumes_and_back,
     controller::a_controller_backs_a_used_volume_up,
@@ -179,6 +183,8 @@ const FULL: &[&str] = &[
     "a_guest_whose_migration_is_cancelled_stays",
     "a_guest_stays_whose_destination_loses_power",
     "a_volume_passes_through_a_node_before_it_is_whole_there",
+    "a_guest_goes_wherever_nova_takes_it",
+    "an_instance_is_evacuated_once_its_node_is_back",
     "a_controller_copies_images_into_volumes_and_back",
     "a_controller_backs_a_used_volume_up",
 ];

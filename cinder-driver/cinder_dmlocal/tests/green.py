@@ -20,8 +20,8 @@ from cinder_dmlocal import fleet, options
 from cinder_dmlocal.tests import base
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
 
-CALLERS = 8
-CALLS = 200
+CALLERS = 16
+CALLS = 300
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import socket
 import subprocess
 import sys
@@ -247,12 +248,13 @@ class Native(DriverTestCase):
             program = [sys.executable, '-m', 'cinder_dmlocal.tests.green', folder]
             done = subprocess.run(
                 [*program, self.fleet.endpoints['node-a']],
+                cwd=pathlib.Path(__file__).parents[2],
                 capture_output=True,
                 text=True,
                 timeout=60,
                 check=False,
             )
-        self.assertEqual((0, '1600\n'), (done.returncode, done.stdout), done.stderr)
+        self.assertEqual((0, '4800\n'), (done.returncode, done.stdout), done.stderr)
 
     def test_questions_to_many_are_asked_at_the_same_time(self) -> None:
         # Nobody is answered before all have been asked.

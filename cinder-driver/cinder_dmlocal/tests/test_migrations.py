@@ -172,6 +172,17 @@ class LiveMigration(DriverTestCase):
         self.assertTrue(self.agent('b').write(self.volume.id, 'second'))
         self.assertIn(at_b, self.volume.volume_attachment)
 
+    def test_a_terminate_at_a_host_of_another_attachment_tells_where_the_volume_is(
+        self,
+    ) -> None:
+        stale = self.prepare()
+        self.give_up()
+        self.prepare()
+        self.move_guest()
+        self.assertTrue(self.agent('b').write(self.volume.id, 'second'))
+        self.cinder.delete_attachment(self.volume, stale)
+        self.assertTrue(self.volume.host.endswith('#node-b'), self.volume.host)
+
     def test_a_terminate_at_the_source_under_a_running_guest_is_refused(self) -> None:
         at_b = self.prepare()
         self.give_up()

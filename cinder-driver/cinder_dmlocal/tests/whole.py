@@ -70,7 +70,7 @@ enabled_backends = dmlocal
 default_volume_type = __DEFAULT__
 scheduler_driver_init_wait_time = 1
 report_interval = 1
-service_down_time = 8
+service_down_time = 15
 scheduler_default_filters = {FILTERS}
 periodic_interval = 2
 rpc_response_timeout = 120
@@ -85,7 +85,6 @@ dmlocal_dead_nodes = {', '.join(name for name, endpoint in nodes.items() if not 
 dmlocal_ca = {folder}/ca.pem
 dmlocal_cert = {folder}/driver.pem
 dmlocal_key = {folder}/driver.key
-dmlocal_look_timeout = 3
 dmlocal_call_timeout = 100
 
 [database]
