@@ -5,6 +5,7 @@
 //! figure is the median of its rounds. It ends with success once it has
 //! measured, whatever holds.
 
+mod cinder;
 mod copies;
 mod driver;
 mod handle;
@@ -74,8 +75,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let only = arguments.only.as_deref().unwrap_or("");
     let wanted = |names: &[&str]| names.iter().any(|name| name.contains(only));
     let longest: Vec<_> = longest::ALL.iter().map(|longest| longest.name).collect();
-    let on_nodes =
-        [&memory::NAMES[..], &copies::NAMES, &handle::NAMES, &load::NAMES, &longest].concat();
+    let on_nodes = [
+        &memory::NAMES[..],
+        &cinder::NAMES,
+        &copies::NAMES,
+        &handle::NAMES,
+        &load::NAMES,
+        &longest,
+    ]
+    .concat();
     let takes_nodes = wanted(&on_nodes);
     if takes_nodes {
         run::become_root()?;
@@ -164,6 +172,9 @@ impl Bench<'_> {
             if wanted(&load::NAMES) {
                 rows.extend(run::part("reads below a copy", || self.under_load(volumes))?);
             }
+        }
+        if wanted(&cinder::NAMES) {
+            rows.extend(run::part("cached images", || self.cached_image())?);
         }
         for (longest, volumes) in &prepared.written {
             rows.push(run::part(longest.name, || self.longest(longest, volumes))?);

@@ -44,8 +44,10 @@ pub fn a_controller_copies_images_into_volumes_and_back(bed: &Bed) -> Result<()>
     let (id, home) = visited(bed, "")?;
     home.set_link(false)?;
     let outcome = kill_agent(c);
+    let was_copying = !cinder.has_answered();
     home.set_link(true)?;
     outcome?;
+    ensure!(was_copying, "it was copied before the agent was killed");
     let created = cinder.answer()?;
     ensure!(created["status"] == "available" && created["id"] == id.as_str(), "{created}");
     let volume = Volume::filled(&id, SEED);
@@ -184,6 +186,11 @@ impl<'a> Cinder<'a> {
         let append = format!("cat >>{FOLDER}/orders");
         let line = format!("{order}\n");
         self.node.exec_with(&["sh", "-c", &append], line.as_bytes(), SOON)?.ok().map(drop)
+    }
+
+    fn has_answered(&self) -> bool {
+        let told = self.running.as_ref().map_or_else(String::new, Running::stdout);
+        told.lines().count() > self.heard
     }
 
     fn answer(&mut self) -> Result<Value> {
