@@ -53,13 +53,16 @@ class Copy:
 
     @property
     def is_held(self) -> bool:
-        """Whether it is received, and waits for the fence of its source."""
-        return bool(self.volume.state == pb.VOLUME_STATE_HELD)
+        """Whether it is received, and waits for the fence of its source; or did, and failed."""
+        has_failed = self.volume.state == pb.VOLUME_STATE_FAILED
+        is_waiting = has_failed and self.volume.HasField('held_writes')
+        return bool(is_waiting or self.volume.state == pb.VOLUME_STATE_HELD)
 
     @property
     def is_offered(self) -> bool:
         """Whether it is offered to another node, and not fenced yet."""
-        return bool(self.volume.state == pb.VOLUME_STATE_PUBLISHED)
+        # One that is still received itself shows what it lacks instead of PUBLISHED.
+        return self.is_owner and bool(self.volume.peer_node)
 
     @property
     def is_remote(self) -> bool:
@@ -74,7 +77,7 @@ class Copy:
     @property
     def is_owner(self) -> bool:
         """Whether it is the volume."""
-        return self.volume.state in _OWNERS
+        return self.volume.state in _OWNERS and not self.is_held
 
     @property
     def home(self) -> str:
@@ -133,6 +136,9 @@ class Found:
     def _is_left_over(self, copy: Copy) -> bool:
         if copy.volume.generation > 1 or copy.node.name == self.known.home:
             return False
+        if copy.volume.attached or copy.volume.allocated_bytes:
+            # Cinder writes hosts by itself, too.
+            return False
         return not copy.is_promised(self.copies.get(copy.volume.peer_node))
 
     def must_have_owner(self) -> Copy:
@@ -144,6 +150,8 @@ class Found:
         if owner is not None:
             return owner
         for name in self._likely():
+            if name and name not in self.fleet:
+                raise errors.Unreachable(name, errors.STRANGER)
             error = self.failed.get(name)
             if not isinstance(error, errors.Unreachable):
                 continue

@@ -22,19 +22,16 @@ from cinder.volume import driver, volume_utils
 from oslo_config import cfg
 from oslo_log import log as logging
 
-from cinder_dmlocal import cached, errors, manage, messages, options, stats
+from cinder_dmlocal import cached, errors, manage, messages, options, rows, stats
 from cinder_dmlocal.copies import Known
 from cinder_dmlocal.fleet import Fleet, Node
-from cinder_dmlocal.snapshots import KnownSnapshot, Snapshots
+from cinder_dmlocal.snapshots import Snapshots
 from cinder_dmlocal.volumes import Placed, Volumes
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
 
 LOG = logging.getLogger(__name__)
 
 cfg.CONF.register_opts(options.OPTIONS, group=volume_configuration.SHARED_CONF_GROUP)
-
-# Statuses in which whoever attaches a volume is an instance.
-_CONSUMED = frozenset({'reserved', 'attaching', 'in-use', 'detaching'})
 
 # Cinder removes locks that begin with a volume's id together with the volume.
 _of_volume = coordination.synchronized('{volume.id}-dmlocal')
@@ -108,25 +105,25 @@ class DmLocalDriver(driver.VolumeDriver):
     @_of_volume
     def create_volume(self, volume: Any) -> None:
         """Creates a blank volume on the node that the scheduler has chosen."""
-        _must_not_be_shared(volume)
-        self._volumes.create(volume.name_id, volume.size, self._node(_home(volume)))
+        rows.must_not_be_shared(volume)
+        self._volumes.create(volume.name_id, volume.size, self._node(rows.home(volume)))
 
     @_told
     @_of_volume
     def create_volume_from_snapshot(self, volume: Any, snapshot: Any) -> None:
         """Makes a volume of a snapshot, where that is."""
-        _must_not_be_shared(volume)
+        rows.must_not_be_shared(volume)
         with messages.of_failure(volume, messages.CREATE, asked=bool(volume.snapshot_id)):
-            at = self._snapshots.find(_known_snapshot(snapshot)).node
-            self._make_of(volume, pb.Origin(snapshot_id=_snapshot_id(snapshot)), at)
+            at = self._snapshots.find(rows.known_snapshot(snapshot)).node
+            self._make_of(volume, pb.Origin(snapshot_id=rows.snapshot_id(snapshot)), at)
 
     @_told
     @_of_volume
     def create_cloned_volume(self, volume: Any, src_vref: Any) -> None:
         """Makes a volume of another as it is now, used or not, where that is."""
-        _must_not_be_shared(volume)
+        rows.must_not_be_shared(volume)
         with messages.of_failure(volume, messages.CREATE, asked=bool(volume.source_volid)):
-            at = self._volumes.find_local(_known(src_vref)).node
+            at = self._volumes.find_local(rows.known(src_vref)).node
             self._make_of(volume, pb.Origin(volume_id=src_vref.name_id), at)
 
     def clone_image(
@@ -156,7 +153,7 @@ class DmLocalDriver(driver.VolumeDriver):
         scheduler wants it. Its record says where it is before it is there, so that it is
         found whatever happens.
         """
-        chosen = self._node(_home(volume))
+        chosen = self._node(rows.home(volume))
         self._follow(volume, Placed(at.name))
         try:
             return self._volumes.create_of(volume.name_id, volume.size, origin, at)
@@ -173,13 +170,13 @@ class DmLocalDriver(driver.VolumeDriver):
     def delete_volume(self, volume: Any) -> None:
         """Deletes a volume, wherever it is; one in use stays available."""
         with errors.busy(exception.VolumeIsBusy):
-            self._volumes.delete(_known(volume))
+            self._volumes.delete(rows.known(volume))
 
     @_told
     @_of_volume
     def extend_volume(self, volume: Any, new_size: int) -> None:
         """Grows a volume to that many GiB, used or not."""
-        self._follow(volume, self._volumes.extend(_known(volume), new_size))
+        self._follow(volume, self._volumes.extend(rows.known(volume), new_size))
 
     # Connections
 
@@ -203,11 +200,11 @@ class DmLocalDriver(driver.VolumeDriver):
     ) -> dict[str, Any]:
         """Makes the device exist on the connector's host; repeating gives the same."""
         node = self._node(self._host(connector))
-        visits = _is_visited(volume)
+        visits = rows.is_visited(volume)
         with messages.of_failure(volume, messages.ATTACH, asked=not visits):
-            _must_be_one_instance(volume)
+            rows.must_be_one_instance(volume)
             stays = visits or self._is_sent(volume)
-            placed = self._volumes.attach(_known(volume), node, visits=stays)
+            placed = self._volumes.attach(rows.known(volume), node, visits=stays)
         self._follow(volume, placed)
         data = {'device_path': placed.device_path}
         return {'driver_volume_type': 'local', 'data': data}
@@ -221,9 +218,13 @@ class DmLocalDriver(driver.VolumeDriver):
 
         Without a connector, from every host that an attachment names.
         """
-        known = _known(volume)
+        known = rows.known(volume)
+        is_upload = volume.status == 'uploading' and kwargs.get('force')
+        if connector and is_upload and rows.named(connector) in known.hosts:
+            # Cinder's own visit ends, on the host of an instance that keeps the device.
+            return
         if connector:
-            hosts = [_named(connector)]
+            hosts = [rows.named(connector)]
         else:
             hosts = list(dict.fromkeys(known.hosts))
             known = dataclasses.replace(known, hosts=tuple(hosts))
@@ -244,7 +245,7 @@ class DmLocalDriver(driver.VolumeDriver):
     @_of_snapshot
     def create_snapshot(self, snapshot: Any) -> dict[str, Any]:
         """Takes a snapshot where the volume is written."""
-        node = self._snapshots.create(_known_snapshot(snapshot))
+        node = self._snapshots.create(rows.known_snapshot(snapshot))
         self._follow(snapshot.volume, Placed(node.name))
         return {'provider_location': node.name}
 
@@ -253,7 +254,7 @@ class DmLocalDriver(driver.VolumeDriver):
     def delete_snapshot(self, snapshot: Any) -> None:
         """Deletes a snapshot, as soon as nothing is copied from it."""
         with errors.busy(exception.SnapshotIsBusy):
-            self._snapshots.delete(_known_snapshot(snapshot))
+            self._snapshots.delete(rows.known_snapshot(snapshot))
 
     @_told
     @_of_volume
@@ -263,8 +264,8 @@ class DmLocalDriver(driver.VolumeDriver):
         Where it has left the snapshot's node, NotImplementedError has Cinder copy the
         snapshot's content instead.
         """
-        taken = self._snapshots.find(_known_snapshot(snapshot))
-        if not self._volumes.revert(_known(volume), taken.snapshot.id, taken.node):
+        taken = self._snapshots.find(rows.known_snapshot(snapshot))
+        if not self._volumes.revert(rows.known(volume), taken.snapshot.id, taken.node):
             raise NotImplementedError()
 
     # Moving
@@ -281,7 +282,7 @@ class DmLocalDriver(driver.VolumeDriver):
         target = self._target(host)
         if target is None:
             return False
-        self._volumes.migrate(_known(volume), target)
+        self._volumes.migrate(rows.known(volume), target)
         return True
 
     @_told
@@ -294,13 +295,13 @@ class DmLocalDriver(driver.VolumeDriver):
         One in use stays with its guest, and that is what Cinder is told.
         """
         if '<is> true' in str((new_type.get('extra_specs') or {}).get('multiattach')).lower():
-            raise exception.InvalidVolumeType(reason=_NOT_SHARED)
+            raise exception.InvalidVolumeType(reason=rows.NOT_SHARED)
         if diff.get('encryption') and any(diff['encryption'].values()):
             return False
         target = self._target(host)
         if target is None:
             return False
-        if target.name == _home(volume):
+        if target.name == rows.home(volume):
             return True
         try:
             return self._migrate(volume, host)
@@ -323,15 +324,15 @@ class DmLocalDriver(driver.VolumeDriver):
     @_of_volume
     def manage_existing(self, volume: Any, existing_ref: dict[str, Any]) -> dict[str, Any]:
         """Takes a volume of the agents' over; it keeps its id there."""
-        _must_not_be_shared(volume)
-        found = manage.volume(self._node(_home(volume)), existing_ref)
+        rows.must_not_be_shared(volume)
+        found = manage.volume(self._node(rows.home(volume)), existing_ref)
         manage.must_be_new(objects.Volume, objects.VolumeList, '_name_id', found.id)
         return {'_name_id': found.id}
 
     @_told
     def manage_existing_get_size(self, volume: Any, existing_ref: dict[str, Any]) -> int:
         """Size of what is to be taken over, in GiB."""
-        found = manage.volume(self._node(_home(volume)), existing_ref)
+        found = manage.volume(self._node(rows.home(volume)), existing_ref)
         return manage.size_gib(found.size_bytes)
 
     def unmanage(self, volume: Any) -> None:
@@ -359,7 +360,7 @@ class DmLocalDriver(driver.VolumeDriver):
         self, snapshot: Any, existing_ref: dict[str, Any]
     ) -> dict[str, Any]:
         """Takes a snapshot of the agents' over; it keeps its id there."""
-        taken = manage.snapshot(self._snapshots, _known(snapshot.volume), existing_ref)
+        taken = manage.snapshot(self._snapshots, rows.known(snapshot.volume), existing_ref)
         of = taken.snapshot.id
         manage.must_be_new(objects.Snapshot, objects.SnapshotList, 'provider_id', of)
         return {'provider_id': taken.snapshot.id, 'provider_location': taken.node.name}
@@ -369,7 +370,7 @@ class DmLocalDriver(driver.VolumeDriver):
         self, snapshot: Any, existing_ref: dict[str, Any]
     ) -> int:
         """Size of the snapshot that is to be taken over, in GiB."""
-        taken = manage.snapshot(self._snapshots, _known(snapshot.volume), existing_ref)
+        taken = manage.snapshot(self._snapshots, rows.known(snapshot.volume), existing_ref)
         return manage.size_gib(taken.snapshot.size_bytes)
 
     def unmanage_snapshot(self, snapshot: Any) -> None:
@@ -401,7 +402,7 @@ class DmLocalDriver(driver.VolumeDriver):
         return self.fleet[name]
 
     def _host(self, connector: dict[str, Any]) -> str:
-        host = _named(connector)
+        host = rows.named(connector)
         if host not in self.fleet:
             LOG.error('No agent is known on host %s (dmlocal_nodes).', host)
             missing = f'a node of the fleet as its host (dmlocal_nodes), not {host}'
@@ -425,79 +426,14 @@ class DmLocalDriver(driver.VolumeDriver):
         if status != 'target':
             return False
         origin = objects.Volume.get_by_id(volume._context, origin_id)
-        return _home(origin) in self.fleet and _section(origin) == _section(volume)
+        return rows.home(origin) in self.fleet and rows.section(origin) == rows.section(volume)
 
     def _follow(self, volume: Any, placed: Placed) -> None:
         """Has Cinder's record say where the volume is now."""
-        if placed.home == _home(volume) or placed.home not in self.fleet:
+        if placed.home == rows.home(volume) or placed.home not in self.fleet:
             return
-        volume.host = _in_pool(volume.host, placed.home)
+        volume.host = rows.in_pool(volume.host, placed.home)
         if volume.cluster_name:
-            volume.cluster_name = _in_pool(volume.cluster_name, placed.home)
+            volume.cluster_name = rows.in_pool(volume.cluster_name, placed.home)
         LOG.info('Volume %s is on %s now.', volume.id, volume.host)
         volume.save()
-
-
-_NOT_SHARED = 'dmlocal has one node write a volume at a time; it does not support multiattach'
-
-
-def _home(volume: Any) -> str:
-    return volume_utils.extract_host(volume.host, 'pool') or ''
-
-
-def _section(volume: Any) -> str:
-    """The backend's name in cinder.conf, which all services of a cluster share."""
-    return str(volume_utils.extract_host(volume.host, 'backend')).partition('@')[2]
-
-
-def _in_pool(host: str, name: str) -> str:
-    backend = volume_utils.extract_host(host, 'backend')
-    return str(volume_utils.append_host(backend, name))
-
-
-def _named(connector: dict[str, Any]) -> str:
-    host = connector.get('host')
-    if not host:
-        raise exception.InvalidConnectorException(missing='host')
-    return str(host)
-
-
-def _is_visited(volume: Any) -> bool:
-    """Whether Cinder itself attaches a volume: for an image, a backup, a migration.
-
-    What it copies for itself it may call in use, although no attachment is there.
-    """
-    if volume.status == 'in-use':
-        return not volume.volume_attachment
-    return volume.status not in _CONSUMED
-
-
-def _known(volume: Any) -> Known:
-    hosts = (_host_of(attachment) for attachment in volume.volume_attachment)
-    return Known(volume.name_id, _home(volume), tuple(host for host in hosts if host))
-
-
-def _host_of(attachment: Any) -> str:
-    """The host of an attachment; empty for one that is only reserved."""
-    return attachment.attached_host or (attachment.connector or {}).get('host') or ''
-
-
-def _snapshot_id(snapshot: Any) -> str:
-    return str(snapshot.provider_id or snapshot.id)
-
-
-def _known_snapshot(snapshot: Any) -> KnownSnapshot:
-    return KnownSnapshot(
-        _snapshot_id(snapshot), snapshot.provider_location or '', _known(snapshot.volume)
-    )
-
-
-def _must_not_be_shared(volume: Any) -> None:
-    if volume.multiattach:
-        raise exception.InvalidVolumeType(reason=_NOT_SHARED)
-
-
-def _must_be_one_instance(volume: Any) -> None:
-    instances = {a.instance_uuid for a in volume.volume_attachment if a.instance_uuid}
-    if len(instances) > 1:
-        raise exception.InvalidVolume(reason=_NOT_SHARED)

@@ -17,6 +17,9 @@ from cinder_dmlocal.native import grpc
 
 DOMAIN = 'dmlocal'
 
+# Why a node does not answer that this service has never asked.
+STRANGER = 'it is no node of the fleet (dmlocal_nodes)'
+
 _DETAILS = 'grpc-status-details-bin'
 
 # Statuses that say that nobody has answered. What was asked for may have been done.

@@ -63,9 +63,13 @@ class Snapshots:
             except errors.Refused as refusal:
                 if refusal.reason != 'SNAPSHOT_NOT_FOUND':
                     raise
-        unheard = silent.get(known.at)
-        if unheard is not None and self._fleet[known.at].is_dead:
-            raise errors.Lost(what=f'Snapshot {known.id}', node=known.at)
+        # Where it was taken is not known if the answer to that was lost.
+        at = known.at or known.volume.home
+        if at and at not in self._fleet:
+            raise errors.Unreachable(at, errors.STRANGER)
+        unheard = silent.get(at)
+        if unheard is not None and self._fleet[at].is_dead:
+            raise errors.Lost(what=f'Snapshot {known.id}', node=at)
         if unheard is not None:
             raise unheard
         return self._find_anywhere(known)

@@ -63,7 +63,11 @@ class Volumes:
         Raises errors.Undecided if that may have been done although nobody has said so.
         """
         # A node that does not answer this has not been asked for anything.
-        self._look(node, volume_id)
+        there = self._look(node, volume_id)
+        if there is not None and there.HasField('source'):
+            # Cinder downloads an image instead where a copy of a cached one is in doubt.
+            left = pb.DeleteVolumeRequest(**Copy(node, there).which())
+            node.call(node.volumes.Delete, left)
         request = pb.CreateVolumeRequest(
             id=volume_id, size_bytes=size_gib * units.Gi, pool=self._settings.pool
         )
@@ -364,6 +368,9 @@ class Volumes:
             try:
                 return Copy(copy.node, copy.node.call(copy.node.volumes.Detach, request))
             except errors.Refused as refusal:
+                if refusal.reason == 'VOLUME_FAILED' and copy.is_held:
+                    # Nobody has it open, and it can only be given up.
+                    return copy
                 if refusal.reason != 'HANDLE_IN_USE':
                     raise
             if time.monotonic() >= until:
