@@ -259,7 +259,13 @@ class Volumes:
             # The device of an earlier stay, which leads nowhere any more.
             self._close(here)
         pool = self._settings.pool
-        copy = handover.move(known.id, owner.node, node, pool, hold=is_used, mode=mode)
+        try:
+            copy = handover.move(known.id, owner.node, node, pool, hold=is_used, mode=mode)
+        except errors.Refused as refusal:
+            self._must_be_for_the_dead(owner, refusal)
+            self._open(owner)
+            owner = owner if is_used else self._close(owner)
+            copy = handover.move(known.id, owner.node, node, pool, hold=is_used, mode=mode)
         path = str(copy.volume.device_path)
         return Placed(copy.home, path) if path else self._open(copy)
 
@@ -268,19 +274,23 @@ class Volumes:
         try:
             volume = copy.node.call(copy.node.volumes.Attach, request)
         except errors.Refused as refusal:
-            borrower = refusal.metadata.get('node', '')
-            is_dead = borrower in self._fleet and self._fleet[borrower].is_dead
-            if refusal.reason != 'CONFIRMATION_REQUIRED' or not is_dead:
-                raise
-            LOG.warning(
-                'Volume %s is opened on %s without the word of %s, which is declared dead.',
-                copy.volume.id,
-                copy.node.name,
-                borrower,
-            )
+            self._must_be_for_the_dead(copy, refusal)
             request.generation = copy.volume.generation
             volume = copy.node.call(copy.node.volumes.Attach, request)
         return Placed(copy.home, str(volume.device_path))
+
+    def _must_be_for_the_dead(self, copy: Copy, refusal: errors.Refused) -> None:
+        """Raises the refusal, unless it waits for a node that was declared dead."""
+        borrower = refusal.metadata.get('node', '')
+        is_dead = borrower in self._fleet and self._fleet[borrower].is_dead
+        if refusal.reason != 'CONFIRMATION_REQUIRED' or not is_dead:
+            raise refusal
+        LOG.warning(
+            'Volume %s is opened on %s without the word of %s, which is declared dead.',
+            copy.volume.id,
+            copy.node.name,
+            borrower,
+        )
 
     def detach(self, known: Known, host: str) -> Placed | None:
         """Ends what an attachment had on a host; None if nothing is known of the volume.

@@ -52,6 +52,7 @@ class Vol:
     lent_to: str = ''
     must_confirm: bool = False
     passing: bool = False
+    has_failed: bool = False
 
 
 @dataclasses.dataclass
@@ -65,6 +66,13 @@ class Snap:
     file: pathlib.Path | None = None
     incarnation: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
     state: str = 'AVAILABLE'
+
+
+def _shown_state(vol: Vol) -> str:
+    if vol.has_failed:
+        return 'FAILED'
+    # What a copy lacks says more than that it goes on already.
+    return 'HYDRATING' if vol.state == 'PUBLISHED' and vol.source else vol.state
 
 
 class Calls:
@@ -133,7 +141,7 @@ class Calls:
         shown = pb.Volume(
             id=vol.id,
             size_bytes=vol.size,
-            state=pb.VolumeState.Value(f'VOLUME_STATE_{vol.state}'),
+            state=pb.VolumeState.Value(f'VOLUME_STATE_{_shown_state(vol)}'),
             attached=vol.attached,
             generation=vol.generation,
             incarnation=vol.incarnation,
@@ -149,6 +157,8 @@ class Calls:
             shown.source_node = vol.source
         if vol.state == 'HELD':
             shown.held_writes = len(vol.held_writes)
+        if vol.data and not vol.is_remote:
+            shown.allocated_bytes = len(vol.data) << 16
         if vol.made_of is not None:
             shown.source.CopyFrom(vol.made_of)
         return shown
@@ -167,6 +177,8 @@ class Calls:
             self._need(request.size_bytes)
             file = self.fleet.disks.blank(request.size_bytes)
             there = Vol(request.id, request.size_bytes, file=file)
+        elif there.made_of is not None:
+            raise Refusal('VOLUME_EXISTS', 'ALREADY_EXISTS', field='source')
         elif there.size != request.size_bytes:
             raise Refusal('VOLUME_EXISTS', 'ALREADY_EXISTS', field='size_bytes')
         self.volumes[request.id] = there
@@ -338,6 +350,8 @@ class Calls:
                 raise Refusal('VOLUME_REMOTE', node=vol.source)
             if vol.state not in ('LOCAL', 'HYDRATING'):
                 raise Refusal('VOLUME_FENCED' if vol.state == 'FENCED' else 'VOLUME_MOVING')
+            if vol.must_confirm:
+                raise Refusal('CONFIRMATION_REQUIRED', node=vol.lent_to)
             if vol.attached and not request.hold:
                 raise Refusal('VOLUME_ATTACHED')
         self.fleet.grants.add(request.grant_id)
