@@ -34,7 +34,11 @@ class Client:
     ) -> Any:
         """The answer to any request; raises Refused."""
         answer = self._session.request(
-            method, self.url + path, json=body, headers=headers, timeout=180
+            method,
+            self.url + path,
+            json=body,
+            headers=headers,
+            timeout=self.processes.patience + 60,
         )
         if answer.status_code >= 300:
             raise Refused(f'{method} {path}', answer)

@@ -24,7 +24,8 @@ _STARTS_EVACUATED = '2.94'
 class Cloud:
     """All services, with a compute on each node of the fleet.
 
-    Other backends than the fleet's are named with the endpoints of their nodes.
+    Other backends than the fleet's are named with the endpoints of their nodes; `defaults`
+    are settings of Cinder's own section.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Cloud:
         machine: Machine,
         settings: Mapping[str, Any],
         others: Mapping[str, Mapping[str, str]] | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         folder = processes.folder
         self.nodes = list(endpoints)
@@ -46,7 +48,10 @@ class Cloud:
         [port] = free_ports(1)
         # Cinder tells Nova that a volume has grown, and has it swap volumes.
         nova = {'auth_type': 'admin_token', 'token': TOKEN}
-        more = {'nova': {**nova, 'endpoint': f'http://127.0.0.1:{port}/v2.1'}}
+        more = {
+            'DEFAULT': defaults or {},
+            'nova': {**nova, 'endpoint': f'http://127.0.0.1:{port}/v2.1'},
+        }
         self.cinder = Cinder(processes, infra, backends, more)
         self.nova = Nova(processes, infra, self.cinder, self.hypervisors, port)
         self.cinder.sync()

@@ -14,19 +14,26 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import queue
 import sys
 from typing import Any
 
+from services import many
 from services.flows import Cloud
 from services.hypervisors import Move
 from services.processes import Processes
 
-# Emulated nodes take their time.
-SETTINGS = {'dmlocal_close_timeout': 2, 'dmlocal_look_timeout': 10, 'dmlocal_call_timeout': 100}
+# Emulated nodes take their time, and more of it if much is asked of them at once.
+PATIENCE = 900
+SETTINGS = {'dmlocal_close_timeout': 2, 'dmlocal_look_timeout': 10, 'dmlocal_call_timeout': 600}
 
 
 class Untouched:
     """Devices that somebody else opens and writes."""
+
+    def __init__(self) -> None:
+        self._begun: queue.Queue[tuple[str, str, str]] = queue.Queue()
+        self._ended: queue.Queue[bool] = queue.Queue()
 
     def open(self, host: str, device: str) -> None:
         pass
@@ -35,14 +42,25 @@ class Untouched:
         pass
 
     def copy(self, host: str, old: str, new: str) -> None:
-        pass
+        """Waits until somebody else has copied what is on one device to another."""
+        self._begun.put((host, old, new))
+        self._ended.get(timeout=PATIENCE)
+
+    def meet(self) -> tuple[str, str, str]:
+        """Waits until something is to be copied: on which host, from where, to where."""
+        return self._begun.get(timeout=PATIENCE)
+
+    def done(self) -> None:
+        """Says that it is."""
+        self._ended.put(True)
 
 
 class Orders:
     """What may be ordered beyond the methods of Cloud."""
 
-    def __init__(self, cloud: Cloud) -> None:
+    def __init__(self, cloud: Cloud, devices: Untouched) -> None:
         self._cloud = cloud
+        self._devices = devices
         self._moves: dict[str, Move] = {}
 
     def hold(self, server: str) -> None:
@@ -73,6 +91,46 @@ class Orders:
         rows = self._cloud.volumes.attachments(volume)
         return sorted(hosts.get(row['id'], row['status']) for row in rows)
 
+    def grow(self, volume: str, size: int) -> None:
+        """Gives a volume in use so many GiB."""
+        self._cloud.volumes.act(volume, os_extend={'new_size': size})
+        self._cloud.processes.wait(
+            f'{volume} does not grow',
+            lambda: self._cloud.volumes.wait(volume, 'in-use')['size'] == size,
+        )
+
+    def snapshot(self, volume: str) -> str:
+        """A snapshot of a volume in use."""
+        return self._cloud.volumes.snapshot(volume)
+
+    def delete_snapshot(self, snapshot: str) -> None:
+        """Its end."""
+        self._cloud.volumes.delete_snapshot(snapshot)
+
+    def begin_to_send(self, volume: str, node: str) -> list[str]:
+        """Begins to migrate a volume in use; tells what is to be copied, and on which host."""
+        host = f'fleet@dmlocal#{node}'
+        body = {'host': host, 'force_host_copy': False, 'lock_volume': False}
+        self._cloud.volumes.act(volume, os_migrate_volume=body)
+        return list(self._devices.meet())
+
+    def sent(self, volume: str) -> str:
+        """Says that they are; waits for the end, and tells by which id agents know it now."""
+        self._devices.done()
+
+        def is_done() -> bool:
+            row = self._cloud.volumes.show(volume)
+            status = row['os-vol-mig-status-attr:migstat']
+            assert status != 'error', row
+            return status == 'success' and row['status'] == 'in-use'
+
+        self._cloud.processes.wait(f'{volume} does not migrate', is_done)
+        return str(self._cloud.volumes.show(volume)['os-vol-mig-status-attr:name_id'])
+
+    def many(self, count: int) -> int:
+        """So many volumes that come and go; tells how many were brought to other nodes."""
+        return many.come_and_go(self._cloud.volumes, count, 'dmlocal', self._cloud.nodes)
+
     def home(self, volume: str) -> str:
         """Where Cinder believes a volume."""
         return str(self._cloud.volumes.show(volume)['os-vol-host-attr:host'])
@@ -90,8 +148,11 @@ def main() -> None:
     # What libraries print is not an answer.
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
-    with Processes(folder) as processes:
-        orders = Orders(Cloud(processes, endpoints, Untouched(), SETTINGS))
+    with Processes(folder, PATIENCE) as processes:
+        devices = Untouched()
+        slow = {'rpc_response_timeout': PATIENCE}
+        cloud = Cloud(processes, endpoints, devices, SETTINGS, defaults=slow)
+        orders = Orders(cloud, devices)
         print(json.dumps({'is': 'up'}), file=answers, flush=True)
         for line in sys.stdin:
             try:

@@ -86,8 +86,10 @@ class Process:
 class Processes:
     """All processes of a run; a context that ends them."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, patience: float = LATER) -> None:
         self.folder = folder
+        # How long anything is waited for, in seconds.
+        self.patience = patience
         self._running: dict[str, Process] = {}
         self._started = 0
         self._keeper = subprocess.Popen(
@@ -151,13 +153,13 @@ class Processes:
         self._tell('-', process.popen)
         del self._running[process.name]
 
-    def wait(self, what: str, condition: Callable[[], Any], seconds: float = LATER) -> Any:
+    def wait(self, what: str, condition: Callable[[], Any]) -> Any:
         """Waits until the condition is true, and gives what it gave.
 
         Whoever has ended in the meantime, or all of them if it takes too long, have the
         ends of their logs told.
         """
-        until = time.monotonic() + seconds
+        until = time.monotonic() + self.patience
         while not (given := condition()):
             ended = [one for one in self._running.values() if not one.is_running]
             if ended or time.monotonic() > until:

@@ -29,8 +29,9 @@ def whole() -> tuple[FakeFleet, subprocess.Popen[str], pathlib.Path]:
     """One Cinder for all tests, with its agents and its log; it ends with the tests."""
     fleet = FakeFleet(NODES)
     ending = contextlib.ExitStack()
-    atexit.register(ending.close)
     folder = pathlib.Path(ending.enter_context(tempfile.TemporaryDirectory()))
+    # Only now, so that it comes before the end that the folder has by itself.
+    atexit.register(ending.close)
     pair = fleet.authority.issue('driver')
     (folder / 'ca.pem').write_bytes(fleet.authority.cert)
     (folder / 'driver.pem').write_bytes(pair.cert)

@@ -73,6 +73,7 @@ report_interval = 1
 service_down_time = 15
 scheduler_default_filters = {FILTERS}
 periodic_interval = 2
+backend_stats_polling_interval = 3
 rpc_response_timeout = 120
 quota_volumes = -1
 

@@ -147,6 +147,96 @@ pub fn an_instance_is_evacuated_once_its_node_is_back(bed: &Bed) -> Result<()> {
     nova.delete(&guest.volume)
 }
 
+pub fn a_used_volume_changes_while_its_guest_goes_on(bed: &Bed) -> Result<()> {
+    let mut nova = Nova::start(bed)?;
+    let (a, b) = (bed.a(), bed.b());
+    let volume = nova.volume(a, true)?;
+    let server = nova.text(&json!({ "do": "boot", "host": a.name(), "volumes": [volume.id] }))?;
+    let mut guest = Guest { server, volume, writer: None };
+    guest.run(a)?;
+    let mut more = nova.volume(b, false)?;
+    nova.order(&json!({ "do": "attach", "server": guest.server, "volume": more.id }))?;
+    more.wait_until(a, "it to be here", LATER, |seen| seen["state"] == "local")?;
+    let writer = more.write(a, SOME)?;
+    writer.progress()?;
+
+    // A snapshot, and growth.
+    let snapshot = nova.text(&json!({ "do": "snapshot", "volume": more.id }))?;
+    nova.order(&json!({ "do": "delete_snapshot", "snapshot": snapshot }))?;
+    nova.order(&json!({ "do": "grow", "volume": more.id, "size": 2 }))?;
+    let size = a.exec(&["blockdev", "--getsize64", &more.device])?.ok()?;
+    ensure!(size == (2_u64 << 30).to_string(), "{size} bytes");
+    writer.progress()?;
+
+    // An operator sends it elsewhere, and the hypervisor copies it.
+    writer.stop(a)?;
+    let order = json!({ "do": "begin_to_send", "volume": more.id, "node": b.name() });
+    let told = nova.order(&order)?;
+    let [host, old, new] = [0, 1, 2].map(|index| told[index].as_str().unwrap_or_default());
+    ensure!(host == a.name() && old == more.device && new != old, "{told}");
+    let copy = format!("dd if={old} of={new} bs=1M conv=sparse,notrunc,fsync iflag=direct");
+    a.exec_with(&["sh", "-c", &copy], b"", LATER)?.ok()?;
+    new.clone_into(&mut more.device);
+    let id = nova.text(&json!({ "do": "sent", "volume": more.id }))?;
+    let sent = Volume::known(&id)?;
+    ensure!(sent.device == more.device, "{} is not {}", sent.device, more.device);
+    sent.wait_for(a, "remote", SOON)?;
+    more.verify(a)?;
+    let writer = more.write(a, SOME)?;
+    writer.progress()?;
+
+    // The guest follows it.
+    nova.begin(&guest, b)?;
+    sent.wait_for(b, "held", SOON)?;
+    guest.stop(a)?;
+    writer.stop(a)?;
+    for volume in [&guest.volume, &more] {
+        volume.carry_state(a, b)?;
+    }
+    let writer = more.write(b, SOME)?;
+    writer.wait_for_first_write()?;
+    guest.run(b)?;
+    nova.decide(&guest, "done")?;
+    nova.ended(&guest, &["completed"])?;
+    for volume in [&guest.volume, &sent] {
+        volume.wait_for(b, "local", LATER)?;
+        volume.wait_until_gone(a)?;
+    }
+    writer.progress()?;
+    writer.stop(b)?;
+    guest.stop(b)?;
+    for volume in [&guest.volume, &more] {
+        volume.verify(b)?;
+        volume.forget_writer(a)?;
+        volume.forget_writer(b)?;
+    }
+    nova.order(&json!({ "do": "delete", "server": guest.server }))?;
+    nova.delete(&more)?;
+    nova.delete(&guest.volume)
+}
+
+pub fn a_hundred_volumes_come_and_go_at_once(bed: &Bed) -> Result<()> {
+    let configured = |change: &str| -> Result<()> {
+        for node in [bed.a(), bed.b()] {
+            let line = format!("{change} && dmlocald check-config && systemctl restart dmlocald");
+            node.shell(&format!("cd /etc/dmlocal && {line}"))?.ok()?;
+        }
+        Ok(())
+    };
+    // Volumes of Cinder's have a GiB at least, and nothing is written to these.
+    let more = r"s/^thin_pool = .*/&\noverprovisioning = 50.0/";
+    configured(&format!("sed -i.before '{more}' dmlocald.toml"))?;
+    let outcome = (|| {
+        let mut nova = Nova::start(bed)?;
+        let moved = nova.order(&json!({ "do": "many", "count": 100 }))?;
+        // The scheduler does not know where they are going to be attached.
+        ensure!(moved.as_u64() > Some(0), "{moved} were brought to another node");
+        Ok(())
+    })();
+    configured("mv dmlocald.toml.before dmlocald.toml")?;
+    outcome
+}
+
 /// An instance, and the writer that stands in for it.
 struct Guest {
     server: String,
