@@ -174,7 +174,7 @@ impl Bench<'_> {
             }
         }
         if wanted(&cinder::NAMES) {
-            rows.extend(run::part("cached images", || self.cached_image())?);
+            rows.extend(run::part("beside LVM", || self.beside_lvm())?);
         }
         for (longest, volumes) in &prepared.written {
             rows.push(run::part(longest.name, || self.longest(longest, volumes))?);

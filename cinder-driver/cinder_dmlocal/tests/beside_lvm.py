@@ -1,14 +1,16 @@
-"""How soon a volume of a cached image is usable, beside Cinder's LVM driver which copies it.
+"""How soon volumes are usable, beside Cinder's LVM driver: blank ones, and of a cached image.
 
-    python -m cinder_dmlocal.tests.cached_image FOLDER GROUP FROM HERE VOLUME… NODE=HOST:PORT…
+    python -m cinder_dmlocal.tests.beside_lvm FOLDER GROUP FROM HERE VOLUME… NODE=HOST:PORT…
 
 Runs as root on the node HERE, where GROUP is a volume group without anything else in it. The
 VOLUMEs are on the node FROM: cache entries of 1 GiB, with images of more and more in them.
 FOLDER has ca.pem, driver.pem and driver.key. Both drivers are called as Cinder's create
 volume flow and its attachments do, in this one process.
 
-Prints {"dmlocal": {VOLUME: [SECONDS, …]}, "lvm": [SECONDS, …]}: for this driver until the
-first block of a new volume was read here, for the other until the copy was made.
+Prints {"dmlocal": {VOLUME: [SECONDS, …]}, "lvm": [SECONDS, …], "blank": …}: for this driver
+until the first block of a new volume was read here, for the other until the copy was made;
+"blank" has the same of blank volumes. What the other driver makes is read where it is, and
+neither exported nor connected to: a volume of its that Nova attaches takes longer.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from oslo_config import cfg
 from cinder_dmlocal.driver import DmLocalDriver
 from cinder_dmlocal.tests.base import SERVICE, Volume, section
 
-ROUNDS = 3
+ROUNDS, BLANK_ROUNDS = 3, 9
 
 
 def main() -> None:
@@ -56,7 +58,7 @@ def main() -> None:
     cinder.privsep.sys_admin_pctxt.set_client_mode(False)
     os_brick.privileged.default.set_client_mode(False)
     ours = _ours(pathlib.Path(folder), nodes)
-    theirs = _theirs(group)
+    theirs = _theirs(group, 'default')
     copied = _named(Volume(1, SERVICE))
     theirs.create_volume(copied)
     fill = ['dmlocal-writer', 'fill', '--device', theirs.local_path(copied), '--seed', '1']
@@ -65,10 +67,30 @@ def main() -> None:
     copies = []
     for _ in range(ROUNDS):
         for entry in entries:
-            dmlocal[entry.id].append(_usable(ours, entry, here))
+            taken = _used(
+                ours, lambda made, of=entry: ours.create_cloned_volume(made, of), here
+            )
+            dmlocal[entry.id].append(taken)
         copies.append(_copied(theirs, copied))
     theirs.delete_volume(copied)
-    print(json.dumps({'dmlocal': dmlocal, 'lvm': copies}))
+    print(json.dumps({'dmlocal': dmlocal, 'lvm': copies, 'blank': _blank(ours, group, here)}))
+
+
+def _blank(ours: DmLocalDriver, group: str, here: str) -> dict[str, list[float]]:
+    """Blank volumes, thin ones of both."""
+    theirs = _theirs(group, 'thin')
+    taken: dict[str, list[float]] = {'dmlocal': [], 'lvm': []}
+    for _ in range(BLANK_ROUNDS):
+        taken['dmlocal'].append(_used(ours, ours.create_volume, here))
+        volume = _named(Volume(1, SERVICE))
+
+        def use(volume: _Row = volume) -> None:
+            theirs.create_volume(volume)
+            _read(theirs.local_path(volume))
+
+        taken['lvm'].append(_timed(use))
+        theirs.delete_volume(volume)
+    return taken
 
 
 def _ours(folder: pathlib.Path, nodes: dict[str, str]) -> DmLocalDriver:
@@ -90,19 +112,19 @@ def _ours(folder: pathlib.Path, nodes: dict[str, str]) -> DmLocalDriver:
     return driver
 
 
-def _theirs(group: str) -> Any:
+def _theirs(group: str, kind: str) -> Any:
     found = configuration.Configuration(
-        [*lvm.volume_opts, *driver_options.volume_opts], config_group='lvm'
+        [*lvm.volume_opts, *driver_options.volume_opts], config_group=kind
     )
     for name, value in {
         'volume_group': group,
-        'lvm_type': 'default',
+        'lvm_type': kind,
         'volume_clear': 'none',
         'target_helper': 'fake',
     }.items():
-        cfg.CONF.set_override(name, value, group='lvm')
+        cfg.CONF.set_override(name, value, group=kind)
     driver = lvm.LVMVolumeDriver(configuration=found, host=SERVICE)
-    driver.vg = local_lvm.LVM(group, 'sudo', lvm_type='default', executor=driver._execute)
+    driver.vg = local_lvm.LVM(group, 'sudo', lvm_type=kind, executor=driver._execute)
     driver.check_for_setup_error()
     return driver
 
@@ -125,15 +147,18 @@ def _timed(act: Callable[[], None]) -> float:
     return time.monotonic() - began
 
 
-def _usable(driver: DmLocalDriver, entry: Volume, here: str) -> float:
+def _read(path: str) -> None:
+    with open(path, 'rb', buffering=0) as device:
+        assert len(device.read(4096)) == 4096
+
+
+def _used(driver: DmLocalDriver, create: Callable[[Volume], Any], here: str) -> float:
     volume, connector = Volume(1, f'{SERVICE}#{here}', 'creating'), {'host': here}
 
     def use() -> None:
-        driver.create_cloned_volume(volume, entry)
+        create(volume)
         volume.status = 'reserved'
-        path = driver.initialize_connection(volume, connector)['data']['device_path']
-        with open(path, 'rb', buffering=0) as device:
-            assert len(device.read(4096)) == 4096
+        _read(driver.initialize_connection(volume, connector)['data']['device_path'])
 
     took = _timed(use)
     driver.terminate_connection(volume, connector)
