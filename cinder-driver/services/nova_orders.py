@@ -129,6 +129,9 @@ class Orders:
 
     def many(self, count: int) -> int:
         """So many volumes that come and go; tells how many were brought to other nodes."""
+        # An emulated node that connects to dozens of others' disks at once is slow to say so.
+        self._cloud.cinder.restart_volume({'dmlocal': {'dmlocal_look_timeout': 120}})
+        self._cloud.wait_for_pools()
         return many.come_and_go(self._cloud.volumes, count, 'dmlocal', self._cloud.nodes)
 
     def home(self, volume: str) -> str:

@@ -221,25 +221,24 @@ pub fn a_used_volume_changes_while_its_guest_goes_on(bed: &Bed) -> Result<()> {
 }
 
 pub fn a_hundred_volumes_come_and_go_at_once(bed: &Bed) -> Result<()> {
-    let configured = |change: &str| -> Result<()> {
-        for node in [bed.a(), bed.b()] {
-            let line = format!("{change} && dmlocald check-config && systemctl restart dmlocald");
-            node.shell(&format!("cd /etc/dmlocal && {line}"))?.ok()?;
-        }
-        Ok(())
-    };
     // Volumes of Cinder's have a GiB at least, and nothing is written to these.
-    let more = r"s/^thin_pool = .*/&\noverprovisioning = 50.0/";
-    configured(&format!("sed -i.before '{more}' dmlocald.toml"))?;
-    let outcome = (|| {
-        let mut nova = Nova::start(bed)?;
-        let moved = nova.order(&json!({ "do": "many", "count": 100 }))?;
-        // The scheduler does not know where they are going to be attached.
-        ensure!(moved.as_u64() > Some(0), "{moved} were brought to another node");
-        Ok(())
-    })();
-    configured("mv dmlocald.toml.before dmlocald.toml")?;
-    outcome
+    for node in [bed.a(), bed.b()] {
+        let disk = node.add_disk("room", 120 << 30)?;
+        let script = format!(
+            r##"set -e
+            vgextend --quiet --yes dmlocal {disk}
+            lvextend --quiet --size 110g dmlocal/pool
+            sed -i 's#^devices = \["#&{disk}", "#' /etc/dmlocal/dmlocald.toml
+            dmlocald check-config
+            systemctl restart dmlocald"##
+        );
+        node.shell(&script)?.ok()?;
+    }
+    let mut nova = Nova::start(bed)?;
+    let moved = nova.order(&json!({ "do": "many", "count": 100 }))?;
+    // The scheduler does not know where they are going to be attached.
+    ensure!(moved.as_u64() > Some(0), "{moved} were brought to another node");
+    Ok(())
 }
 
 /// An instance, and the writer that stands in for it.
