@@ -17,7 +17,7 @@ const FOLDER: &str = "/root/cached";
 
 /// The volume group of Cinder's LVM driver: a disk like that of the nodes' pools.
 const GROUP: &str = "cached";
-const GROUP_BYTES: u64 = 4 << 30;
+const GROUP_BYTES: u64 = 6 << 30;
 
 impl Bench<'_> {
     /// Both drivers in one process on the second node, in turns. The one copies within its
