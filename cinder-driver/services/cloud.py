@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import unittest
 import uuid
 from collections.abc import Callable, Iterator
@@ -48,6 +49,9 @@ TYPES = {
 }
 
 _KEPT = ('volumes', 'snapshots', 'volume_attachment', 'backups', 'groups', 'group_snapshots')
+
+# How long the last of Cinder's records may take to go, in seconds.
+SOON = 30.0
 
 
 class Cloud:
@@ -256,7 +260,12 @@ class CloudTestCase(unittest.TestCase):
         self.there = set(self.cloud.leaks())
 
     def tearDown(self) -> None:
-        leaks = [one for one in self.cloud.leaks() if one not in self.there]
+        # Cinder gives quota back when what it was for has gone already.
+        until = time.monotonic() + SOON
+        while leaks := [one for one in self.cloud.leaks() if one not in self.there]:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.1)
         self.assertEqual('', '\n'.join(leaks))
 
     def node_of(self, volume: str) -> str:
