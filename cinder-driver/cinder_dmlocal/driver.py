@@ -330,8 +330,7 @@ class DmLocalDriver(driver.VolumeDriver):
         """Takes a volume of the agents' over; it keeps its id there."""
         rows.must_not_be_shared(volume)
         found = manage.volume(self._node(rows.home(volume)), existing_ref)
-        manage.must_be_new(objects.Volume, objects.VolumeList, '_name_id', found.id)
-        return {'_name_id': found.id}
+        return manage.claim(volume, objects.Volume, objects.VolumeList, '_name_id', found.id)
 
     @_told
     def manage_existing_get_size(self, volume: Any, existing_ref: dict[str, Any]) -> int:
@@ -365,9 +364,10 @@ class DmLocalDriver(driver.VolumeDriver):
     ) -> dict[str, Any]:
         """Takes a snapshot of the agents' over; it keeps its id there."""
         taken = manage.snapshot(self._snapshots, rows.known(snapshot.volume), existing_ref)
-        of = taken.snapshot.id
-        manage.must_be_new(objects.Snapshot, objects.SnapshotList, 'provider_id', of)
-        return {'provider_id': taken.snapshot.id, 'provider_location': taken.node.name}
+        claimed = manage.claim(
+            snapshot, objects.Snapshot, objects.SnapshotList, 'provider_id', taken.snapshot.id
+        )
+        return {**claimed, 'provider_location': taken.node.name}
 
     @_told
     def manage_existing_snapshot_get_size(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cinder import context, exception
+from cinder import context, coordination, exception
 from oslo_utils import units, uuidutils
 
 from cinder_dmlocal import errors
@@ -19,14 +19,21 @@ from cinder_dmlocal.snapshots import KnownSnapshot, Snapshots, Taken
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
 
 
-def must_be_new(row: Any, rows: Any, key: str, agents_id: str) -> None:
-    """Refuses what Cinder has already, by its own id or by the one that agents know.
+@coordination.synchronized('{agents_id}-dmlocal-managed')
+def claim(row: Any, kind: Any, rows: Any, key: str, agents_id: str) -> dict[str, Any]:
+    """Has a row stand for what agents know by this id; what it says of that now.
 
-    Two rows for one volume would each be deleted with what the other holds.
+    Refuses what Cinder has already, by its own id or by the one that agents know: two
+    rows for one volume would each be deleted with what the other holds. Whoever claims
+    it next finds the row, because it is saved.
     """
     admin = context.get_admin_context()
-    if row.exists(admin, agents_id) or rows.get_all(admin, filters={key: agents_id}):
+    if kind.exists(admin, agents_id) or rows.get_all(admin, filters={key: agents_id}):
         raise exception.ManageExistingAlreadyManaged(volume_ref=agents_id)
+    claimed = {key: agents_id}
+    row.update(claimed)
+    row.save()
+    return claimed
 
 
 def size_gib(size_bytes: int) -> int:

@@ -86,6 +86,13 @@ class Snapshot:
     def volume_id(self) -> str:
         return self.volume.id
 
+    def save(self) -> None:
+        """Cinder's would be in the database now."""
+
+    def update(self, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            setattr(self, key, value)
+
 
 class Cinder:
     """The order of calls."""

@@ -239,6 +239,21 @@ class TakingOver(DriverTestCase):
             {'node-a': 'FENCED', 'node-b': 'HYDRATING'}, self.fleet.where(self.found.id)
         )
 
+    def test_nothing_is_taken_over_twice(self) -> None:
+        volume = self.cinder.create()
+        other = Snapshot(volume)
+        self.driver.create_snapshot(other)
+        self.patch(Volume, 'save', lambda row: self.named.add(row.name_id))
+        self.patch(Snapshot, 'save', lambda row: self.named.add(row.provider_id))
+        # Before Cinder has saved what it is told.
+        self.driver.manage_existing(self.volume, self.ref)
+        with self.assertRaises(exception.ManageExistingAlreadyManaged):
+            self.driver.manage_existing(Volume(0, f'{SERVICE}#node-a'), self.ref)
+        ref = {'source-id': other.id}
+        self.driver.manage_existing_snapshot(Snapshot(volume), ref)
+        with self.assertRaises(exception.ManageExistingAlreadyManaged):
+            self.driver.manage_existing_snapshot(Snapshot(volume), ref)
+
     def test_what_cannot_be_taken_over_is_refused(self) -> None:
         for ref in ({}, {'source-id': 'x'}, {'source-id': str(uuid.uuid4())}):
             with self.assertRaises(exception.ManageExistingInvalidReference):
