@@ -54,6 +54,10 @@ class Client:
             raise
 
 
+def _connector(host: str) -> dict[str, str]:
+    return {'host': host, 'ip': '127.0.0.1', 'initiator': 'iqn', 'mountpoint': 'vdb'}
+
+
 class Block(Client):
     """Cinder's."""
 
@@ -98,11 +102,16 @@ class Block(Client):
 
     def attach(self, volume: str, instance: str, host: str) -> dict[str, Any]:
         """An attachment with its connector, completed, as Nova makes it."""
-        connector = {'host': host, 'ip': '127.0.0.1', 'initiator': 'iqn', 'mountpoint': 'vdb'}
-        body = {'volume_uuid': volume, 'instance_uuid': instance, 'connector': connector}
+        body = {'volume_uuid': volume, 'instance_uuid': instance, 'connector': _connector(host)}
         made = self.call('POST', '/attachments', {'attachment': body})['attachment']
         self.call('POST', f'/attachments/{made["id"]}/action', {'os-complete': {}})
         return made
+
+    def connect_again(self, attachment: str, host: str) -> None:
+        """Connects the volume of an attachment once more, to where it is connected."""
+        body = {'attachment': {'connector': _connector(host)}}
+        self.call('PUT', f'/attachments/{attachment}', body)
+        self.call('POST', f'/attachments/{attachment}/action', {'os-complete': {}})
 
     def detach(self, attachment: str) -> None:
         """The end of an attachment."""

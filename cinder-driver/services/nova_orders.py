@@ -19,6 +19,7 @@ import sys
 from typing import Any
 
 from services import many
+from services.clients import Refused
 from services.flows import Cloud
 from services.hypervisors import Move
 from services.processes import Processes
@@ -74,6 +75,25 @@ class Orders:
     def decide(self, server: str, outcome: str) -> None:
         """Says what came of it."""
         self._moves[server].decide(outcome)
+
+    def fail(self, event: str, host: str) -> None:
+        """Has the next such event on a host fail."""
+        self._cloud.hypervisors.fail(event, host)
+
+    def connect_again(self, volume: str) -> None:
+        """Has Cinder connect a volume where it is connected."""
+        [row] = self._cloud.volumes.show(volume)['attachments']
+        self._cloud.volumes.connect_again(row['attachment_id'], row['host_name'])
+
+    def force_detach(self, volume: str) -> int:
+        """An operator detaches a volume from wherever it is; the status of the answer."""
+        [row] = self._cloud.volumes.attachments(volume)
+        body = {'attachment_id': row['id']}
+        try:
+            self._cloud.volumes.act(volume, os_force_detach=body)
+        except Refused as refused:
+            return refused.status
+        return 202
 
     def delete(self, server: str) -> None:
         """The end of an instance."""

@@ -12,6 +12,8 @@ mod bed;
 mod chains;
 #[path = "volumes/cinder.rs"]
 mod cinder;
+#[path = "volumes/cloud.rs"]
+mod cloud;
 #[path = "volumes/controller.rs"]
 mod controller;
 #[path = "volumes/faults.rs"]
@@ -115,9 +117,11 @@ const SCENARIOS: &[Scenario] = scenarios![
     nova::a_guest_goes_wherever_nova_takes_it,
     nova::an_instance_is_evacuated_once_its_node_is_back,
     nova::a_used_volume_changes_while_its_guest_goes_on,
+    nova::a_guest_stays_where_its_volumes_cannot_follow,
+    nova::a_guest_returns_before_its_volume_has_arrived,
     chains::a_volume_passes_through_a_node_before_it_is_whole_there,
     controller::a_controller_copies_images_into_volumes_and_back,
-    controller::a_controller_backs_a_used_volume_up,
+    controller::a_controller_backs_a_volume_up_and_copies_it,
     // Leaves its nodes with larger pools.
     nova::a_hundred_volumes_come_and_go_at_once,
 ];
@@ -126,7 +130,7 @@ const SCENARIOS: &[Scenario] = scenarios![
 const THREE: &[&str] = &[
     "a_volume_passes_through_a_node_before_it_is_whole_there",
     "a_controller_copies_images_into_volumes_and_back",
-    "a_controller_backs_a_used_volume_up",
+    "a_controller_backs_a_volume_up_and_copies_it",
 ];
 
 /// How much of the scenarios runs: `DMLOCAL_SCENARIOS` says `long` or `full`, and a
@@ -189,9 +193,11 @@ const FULL: &[&str] = &[
     "a_guest_goes_wherever_nova_takes_it",
     "an_instance_is_evacuated_once_its_node_is_back",
     "a_used_volume_changes_while_its_guest_goes_on",
+    "a_guest_stays_where_its_volumes_cannot_follow",
+    "a_guest_returns_before_its_volume_has_arrived",
     "a_hundred_volumes_come_and_go_at_once",
     "a_controller_copies_images_into_volumes_and_back",
-    "a_controller_backs_a_used_volume_up",
+    "a_controller_backs_a_volume_up_and_copies_it",
 ];
 
 fn main() -> ExitCode {

@@ -184,6 +184,22 @@ class Orders(whole.Orders):
         self.call('DELETE', f'/backups/{backup}')
         return self.until(f'/backups/{backup}', 'backup', ['gone', 'error'])
 
+    def copy(self, volume: str, node: str) -> dict[str, Any]:
+        """Has Cinder itself copy a volume to another pool; waits until it has."""
+        body = {'host': f'fleet@dmlocal#{node}', 'force_host_copy': True}
+        self.call('POST', f'/volumes/{volume}/action', {'os-migrate_volume': body})
+        until = time.monotonic() + whole.SOON
+        while True:
+            row = self.call('GET', f'/volumes/{volume}')['body']['volume']
+            status = row['os-vol-mig-status-attr:migstat']
+            if status in {'success', 'error'} or time.monotonic() > until:
+                return {
+                    'status': status,
+                    'host': row['os-vol-host-attr:host'],
+                    'id': row['os-vol-mig-status-attr:name_id'],
+                }
+            eventlet.sleep(0.2)
+
 
 if __name__ == '__main__':
     whole.main(start, Orders)

@@ -84,7 +84,7 @@ pub fn a_controller_copies_images_into_volumes_and_back(bed: &Bed) -> Result<()>
     cinder.end()
 }
 
-pub fn a_controller_backs_a_used_volume_up(bed: &Bed) -> Result<()> {
+pub fn a_controller_backs_a_volume_up_and_copies_it(bed: &Bed) -> Result<()> {
     let mut cinder = Cinder::start(bed)?;
     let (id, home) = cinder.create(bed, json!({}))?;
     let volume = Volume::known(&id)?;
@@ -107,8 +107,24 @@ pub fn a_controller_backs_a_used_volume_up(bed: &Bed) -> Result<()> {
     restored.verify(restored_home)?;
     cinder.detach(&attached)?;
     cinder.detach(&attachment)?;
+
+    // Cinder copies the volume to the other pool, byte by byte.
+    let other = if home.name() == bed.a().name() { bed.b() } else { bed.a() };
+    let order = json!({ "do": "copy", "volume": id, "node": other.name() });
+    let copied = cinder.order(&order)?;
+    let host = format!("fleet@dmlocal#{}", other.name());
+    ensure!(copied["status"] == "success" && copied["host"] == host.as_str(), "{copied}");
+    nothing_is_left_of_a_visit(bed.c())?;
+    volume.wait_until_gone(home)?;
+    let new = copied["id"].as_str().context("no id")?;
+    let mut copied = Volume::known(&id)?;
+    copied.device = Volume::known(new)?.device;
+    let attachment = cinder.attach(&copied, other)?;
+    copied.carry_state(home, other)?;
+    copied.verify(other)?;
+    cinder.detach(&attachment)?;
     cinder.order(&json!({ "do": "delete_backup", "backup": backup["id"] }))?;
-    for (volume, on) in [(&volume, home), (&restored, restored_home)] {
+    for (volume, on) in [(&copied, other), (&restored, restored_home)] {
         volume.forget_writer(on)?;
         cinder.delete(volume)?;
     }

@@ -1,22 +1,11 @@
-//! Nova and Cinder as real services on the host, and the agents on the nodes.
-//!
-//! Nova believes that it runs guests; a writer that knows what it has written stands in
-//! for one, on whichever node Nova says. In a live migration it is stopped and goes on
-//! exactly where the guest would move.
-
-use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+//! What Nova does with instances whose volumes are on nodes.
 
 use anyhow::{Context, Result, ensure};
-use dmlocal_testbed::{Node, packages, python};
-use serde_json::{Value, json};
-use tempfile::TempDir;
+use dmlocal_testbed::Node;
+use serde_json::json;
 
-use crate::bed::{Bed, LATER, SOON, Volume, Writer};
-
-/// What the writer does of a volume that is too large to be filled.
-const SOME: &str = "--blank --first 4096";
+use crate::bed::{Bed, LATER, SOON, Volume, ctl};
+use crate::cloud::{Guest, Nova, SOME};
 
 pub fn a_guest_goes_wherever_nova_takes_it(bed: &Bed) -> Result<()> {
     let mut nova = Nova::start(bed)?;
@@ -241,168 +230,131 @@ pub fn a_hundred_volumes_come_and_go_at_once(bed: &Bed) -> Result<()> {
     Ok(())
 }
 
-/// An instance, and the writer that stands in for it.
-struct Guest {
-    server: String,
-    volume: Volume,
-    writer: Option<Writer>,
+pub fn a_guest_returns_before_its_volume_has_arrived(bed: &Bed) -> Result<()> {
+    let mut nova = Nova::start(bed)?;
+    let (a, b) = (bed.a(), bed.b());
+    let volume = nova.volume(a, true)?;
+    let server = nova.text(&json!({ "do": "boot", "host": a.name(), "volumes": [volume.id] }))?;
+    let mut guest = Guest { server, volume, writer: None };
+    // What it does not write again is left to be copied.
+    guest.volume.write(a, "--blank --first 131072 --count 4000")?.wait(LATER)?;
+    guest.run(a)?;
+
+    nova.begin(&guest, b)?;
+    guest.volume.wait_for(b, "held", SOON)?;
+    guest.volume.slow_down(b)?;
+    guest.migrates(&mut nova, a, b)?;
+
+    // Back, and given up when both nodes had it.
+    nova.begin(&guest, a)?;
+    guest.volume.wait_for(a, "held", SOON)?;
+    is_far_from_whole(&guest.volume, b)?;
+    nova.order(&json!({ "do": "abort_live_migration", "server": guest.server }))?;
+    nova.ended(&guest, &["cancelled"])?;
+    nova.attached(&guest, &[b])?;
+    guest.progress()?;
+
+    // Back for good, from where it lacks most of what it has left here.
+    nova.begin(&guest, a)?;
+    guest.volume.wait_for(a, "held", SOON)?;
+    is_far_from_whole(&guest.volume, b)?;
+    guest.migrates(&mut nova, b, a)?;
+    guest.volume.speed_up(b)?;
+    guest.arrives(&mut nova, a)?;
+    guest.stop(a)?;
+    guest.volume.verify(a)?;
+    guest.volume.forget_writer(a)?;
+    guest.volume.forget_writer(b)?;
+    nova.order(&json!({ "do": "delete", "server": guest.server }))?;
+    nova.delete(&guest.volume)
 }
 
-impl Guest {
-    fn run(&mut self, on: &Node) -> Result<()> {
-        self.writer = Some(self.volume.write(on, SOME)?);
-        self.progress()
-    }
-
-    fn progress(&self) -> Result<()> {
-        self.writer.as_ref().context("nobody writes")?.progress()
-    }
-
-    fn stop(&mut self, on: &Node) -> Result<()> {
-        self.writer.take().context("nobody writes")?.stop(on).map(drop)
-    }
-
-    /// Reads what it has written before, and writes more.
-    fn go_on(&mut self, from: &Node, to: &Node) -> Result<()> {
-        self.volume.carry_state(from, to)?;
-        self.volume.verify(to)?;
-        self.run(to)?;
-        self.volume.wait_until_alone(to)
-    }
-
-    /// Moves with Nova, in the middle of what Nova does.
-    fn migrate_live(&mut self, nova: &mut Nova, from: &Node, to: &Node) -> Result<()> {
-        nova.begin(self, to)?;
-        self.progress()?;
-        self.stop(from)?;
-        self.volume.carry_state(from, to)?;
-        let writer = self.volume.write(to, SOME)?;
-        writer.wait_for_first_write()?;
-        self.writer = Some(writer);
-        nova.decide(self, "done")?;
-        nova.ended(self, &["completed"])?;
-        self.progress()?;
-        self.volume.wait_until_alone(to)?;
-        let home = nova.text(&json!({ "do": "home", "volume": self.volume.id }))?;
-        ensure!(home == format!("fleet@dmlocal#{}", to.name()), "Cinder believes it on {home}");
-        Ok(())
-    }
-
-    /// Has not moved: nothing is left at the destination.
-    fn stays(&self, nova: &mut Nova, on: &Node, destination: &Node) -> Result<()> {
-        self.volume.wait_until_gone(destination)?;
-        self.volume.wait_for(on, "local", LATER)?;
-        nova.attached(self, &[on])?;
-        self.progress()
-    }
+fn is_far_from_whole(volume: &Volume, on: &Node) -> Result<()> {
+    let seen = volume.status(on)?.context("it has left")?;
+    ensure!(seen["percent"].as_f64().is_some_and(|percent| percent < 90.0), "{seen}");
+    Ok(())
 }
 
-/// Nova, Cinder and what they need, as processes of one that takes orders.
-struct Nova {
-    process: Child,
-    orders: Option<ChildStdin>,
-    answers: BufReader<ChildStdout>,
-    folder: TempDir,
-}
+pub fn a_guest_stays_where_its_volumes_cannot_follow(bed: &Bed) -> Result<()> {
+    let mut nova = Nova::start(bed)?;
+    let (a, b) = (bed.a(), bed.b());
+    let (volume, more) = (nova.volume(a, true)?, nova.volume(a, false)?);
+    let order = json!({ "do": "boot", "host": a.name(), "volumes": [volume.id, more.id] });
+    let mut guest = Guest { server: nova.text(&order)?, volume, writer: None };
+    guest.run(a)?;
+    let writer = more.write(a, SOME)?;
+    let migrate = json!({ "do": "live_migrate", "server": guest.server, "to": b.name() });
 
-impl Nova {
-    /// Starts everything; returns when a compute runs for each node.
-    fn start(bed: &Bed) -> Result<Nova> {
-        packages::ensure(packages::SERVICES)?;
-        let folder = tempfile::Builder::new().prefix("dmlocal-nova-").tempdir()?;
-        for file in ["ca.pem", "driver.pem", "driver.key"] {
-            let content = bed.a().exec(&["cat", &format!("/etc/dmlocal/pki/{file}")])?.ok()?;
-            fs::write(folder.path().join(file), content + "\n")?;
-        }
-        let python = python::in_services()?;
-        let program = python.get_program().to_str().context("a strange path")?;
-        let mut command = bed.host_command(program);
-        command.args(["-m", "services.nova_orders"]).arg(folder.path());
-        for node in [bed.a(), bed.b()] {
-            command.arg(format!("{}={}:7450", node.name(), node.address()));
-        }
-        if let Some(directory) = python.get_current_dir() {
-            command.current_dir(directory);
-        }
-        let log = fs::File::create(folder.path().join("stderr"))?;
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
-        let mut process = command.spawn().context("starting Nova")?;
-        let answers = BufReader::new(process.stdout.take().context("no answers")?);
-        let orders = process.stdin.take();
-        let mut nova = Nova { process, orders, answers, folder };
-        nova.answer()?;
-        Ok(nova)
+    // There is room for the first volume, and none for the second.
+    let free = ctl(b, "pool list")?[0]["free_bytes"].as_u64().context("no free_bytes")?;
+    let filler = Volume::create(b, u32::try_from((free >> 20).saturating_sub(1536))?)?;
+    nova.says(&migrate, &["failed", "error"])?;
+    for volume in [&guest.volume, &more] {
+        volume.wait_until_gone(b)?;
+        volume.wait_for(a, "local", LATER)?;
     }
+    guest.progress()?;
+    writer.progress()?;
+    let reserved = nova.order(&json!({ "do": "attached", "volume": more.id }))?;
+    ensure!(reserved == json!([a.name(), "reserved"]), "{reserved}");
+    filler.delete(b)?;
 
-    fn order(&mut self, order: &Value) -> Result<Value> {
-        let orders = self.orders.as_mut().context("Nova has ended")?;
-        writeln!(orders, "{order}")?;
-        self.answer().with_context(|| order.to_string())
+    // There is room, and the hypervisor there does not take the guest.
+    nova.order(&json!({ "do": "fail", "event": "await", "host": b.name() }))?;
+    nova.says(&migrate, &["failed", "error"])?;
+    for volume in [&guest.volume, &more] {
+        volume.wait_until_gone(b)?;
+        volume.wait_for(a, "local", LATER)?;
     }
+    guest.progress()?;
+    writer.progress()?;
 
-    fn answer(&mut self) -> Result<Value> {
-        let mut line = String::new();
-        self.answers.read_line(&mut line)?;
-        let log = self.folder.path().join("stderr");
-        let answer: Value = serde_json::from_str(&line).with_context(|| {
-            format!("`{line}`: {}", fs::read_to_string(log).unwrap_or_default())
-        })?;
-        ensure!(answer["error"].is_null(), "{answer}");
-        Ok(answer["is"].clone())
-    }
+    // What Nova has reserved in vain goes when it starts the instance anew.
+    guest.stop(a)?;
+    writer.stop(a)?;
+    nova.says(&json!({ "do": "reboot", "server": guest.server }), &["ACTIVE"])?;
+    guest.run(a)?;
+    let writer = more.write(a, SOME)?;
+    nova.attached(&guest, &[a])?;
 
-    fn text(&mut self, order: &Value) -> Result<String> {
-        let answer = self.order(order)?;
-        Ok(answer.as_str().with_context(|| answer.to_string())?.to_owned())
-    }
+    // What is connected already is connected again, and stays while it is used.
+    nova.order(&json!({ "do": "connect_again", "volume": guest.volume.id }))?;
+    guest.progress()?;
+    let told = nova.order(&json!({ "do": "force_detach", "volume": guest.volume.id }))?;
+    ensure!(told == 500, "a volume in use is detached by force: {told}");
+    guest.stays(&mut nova, a, b)?;
 
-    /// Expects one of these answers.
-    fn says(&mut self, order: &Value, expected: &[&str]) -> Result<()> {
-        let answer = self.text(order)?;
-        ensure!(expected.contains(&answer.as_str()), "{order}: {answer}");
-        Ok(())
+    // Another size on another host, for good.
+    guest.stop(a)?;
+    writer.stop(a)?;
+    let resize = json!({ "do": "resize", "server": guest.server, "flavor": "2" });
+    nova.says(&resize, &["VERIFY_RESIZE"])?;
+    more.carry_state(a, b)?;
+    more.verify(b)?;
+    let writer = more.write(b, SOME)?;
+    guest.volume.carry_state(a, b)?;
+    guest.volume.verify(b)?;
+    guest.run(b)?;
+    nova.says(&json!({ "do": "confirm", "server": guest.server }), &["ACTIVE"])?;
+    for volume in [&guest.volume, &more] {
+        volume.wait_for(b, "local", LATER)?;
+        volume.wait_until_gone(a)?;
     }
+    nova.attached(&guest, &[b])?;
 
-    fn volume(&mut self, on: &Node, bootable: bool) -> Result<Volume> {
-        let order = json!({ "do": "volume", "node": on.name(), "bootable": bootable });
-        Volume::known(&self.text(&order)?)
+    // Nobody writes any more, and an operator detaches by force.
+    guest.stop(b)?;
+    writer.stop(b)?;
+    for volume in [&guest.volume, &more] {
+        volume.verify(b)?;
+        volume.forget_writer(a)?;
+        volume.forget_writer(b)?;
     }
-
-    fn delete(&mut self, volume: &Volume) -> Result<()> {
-        self.order(&json!({ "do": "delete_volume", "volume": volume.id })).map(drop)
-    }
-
-    /// Begins a live migration; returns when the guest is about to move.
-    fn begin(&mut self, guest: &Guest, to: &Node) -> Result<()> {
-        self.order(&json!({ "do": "hold", "server": guest.server }))?;
-        let order = json!({ "do": "begin_live_migration", "server": guest.server,
-            "to": to.name() });
-        self.order(&order)?;
-        self.order(&json!({ "do": "meet", "server": guest.server })).map(drop)
-    }
-
-    fn decide(&mut self, guest: &Guest, outcome: &str) -> Result<()> {
-        let order = json!({ "do": "decide", "server": guest.server, "outcome": outcome });
-        self.order(&order).map(drop)
-    }
-
-    fn ended(&mut self, guest: &Guest, expected: &[&str]) -> Result<()> {
-        self.says(&json!({ "do": "end_of_migration", "server": guest.server }), expected)
-    }
-
-    /// Cinder has attachments of its volume on these nodes.
-    fn attached(&mut self, guest: &Guest, nodes: &[&Node]) -> Result<()> {
-        let answer = self.order(&json!({ "do": "attached", "volume": guest.volume.id }))?;
-        let expected: Vec<String> = nodes.iter().map(|node| node.name()).collect();
-        ensure!(answer == json!(expected), "attached to {answer}, not to {expected:?}");
-        Ok(())
-    }
-}
-
-impl Drop for Nova {
-    fn drop(&mut self) {
-        // They end with their orders.
-        self.orders.take();
-        let _ = self.process.wait();
-    }
+    let told = nova.order(&json!({ "do": "force_detach", "volume": more.id }))?;
+    ensure!(told == 202, "it stays: {told}");
+    let left = nova.order(&json!({ "do": "attached", "volume": more.id }))?;
+    ensure!(left == json!([]), "{left}");
+    nova.order(&json!({ "do": "delete", "server": guest.server }))?;
+    nova.delete(&more)?;
+    nova.delete(&guest.volume)
 }
