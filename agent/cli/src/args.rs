@@ -257,6 +257,16 @@ pub(crate) enum VolumeCommand {
         #[arg(long, required = true)]
         i_accept_data_loss: bool,
     },
+    /// Take a volume back whose user on another node is gone for ever; ask the node that
+    /// has its data
+    Reclaim {
+        /// The volume
+        #[command(flatten)]
+        which: Which,
+        /// The node that used it, which is gone: whatever still runs there gets errors
+        #[arg(long, value_name = "NODE")]
+        from: String,
+    },
     /// Take a detached volume back to a snapshot
     Revert {
         /// The volume

@@ -7,8 +7,8 @@ use dmlocal_proto::v1::{
     AbortRequest, AttachVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest,
     DetachVolumeRequest, ExtendVolumeRequest, ForgetSourceRequest, GetVolumeRequest,
     ListPoolsRequest, ListVolumesRequest, LocalizeRequest, Origin, PauseHydrationRequest,
-    ReceiveMode, ResumeHydrationRequest, RevertVolumeRequest, SwitchRequest, TuneHydrationRequest,
-    Volume,
+    ReceiveMode, ReclaimRequest, ResumeHydrationRequest, RevertVolumeRequest, SwitchRequest,
+    TuneHydrationRequest, Volume,
 };
 
 use crate::{
@@ -157,6 +157,27 @@ async fn volume(global: &Global, command: &VolumeCommand) -> Result<(), Failure>
             let snapshot_id = snapshot.clone();
             let ask = RevertVolumeRequest { id, snapshot_id, generation, incarnation };
             let volume = agent.ask(agent.volumes().revert(ask)).await?;
+            print_volume(global, &volume, row)
+        }
+        VolumeCommand::Reclaim { which: Which { id, generation, incarnation }, from } => {
+            let (agent, id) = to_volume(global, id).await?;
+            let get = GetVolumeRequest { id: id.clone() };
+            let lent = agent.ask(agent.volumes().get(get.clone())).await?;
+            if lent.peer_node.as_ref() != Some(from) {
+                let text = match lent.peer_node {
+                    None => "no other node uses it".to_owned(),
+                    Some(peer) => format!("not {from} uses it, but {peer}"),
+                };
+                return Err(Failure::new(reason::GRANT_UNKNOWN, text).with("id", id));
+            }
+            let ask = ReclaimRequest {
+                volume_id: id,
+                grant_id: lent.grant_id.unwrap_or_default(),
+                incarnation: incarnation.clone().unwrap_or(lent.incarnation),
+                generation: generation.unwrap_or(lent.generation),
+            };
+            agent.ask(agent.moves().reclaim(ask)).await?;
+            let volume = agent.ask(agent.volumes().get(get)).await?;
             print_volume(global, &volume, row)
         }
         VolumeCommand::Show { id } => {

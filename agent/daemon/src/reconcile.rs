@@ -1033,6 +1033,7 @@ impl Volumes {
                         here: receiving.length.bytes(),
                     }),
                     Err(error) if has_lost_power(&error) => Ok(record.source_lost_power(boot)),
+                    Err(error) if has_taken_back(&error) => Ok(Event::ReturnAsked),
                     // Any other refusal says nothing about what will be: asked again.
                     Err(error) if ends_the_grant(&error) => {
                         self.journal(slot, work, Event::SourceRefused).await?;
@@ -1054,6 +1055,7 @@ impl Volumes {
                         here: record.size.bytes(),
                     }),
                     Err(error) if has_lost_power(&error) => Ok(record.source_lost_power(boot)),
+                    Err(error) if has_taken_back(&error) => Ok(Event::ReturnAsked),
                     Err(error)
                         if ends_the_grant(&error)
                             && record.clone().after(refused.clone()).is_ok() =>
@@ -1231,6 +1233,11 @@ fn ends_the_grant(error: &PeerError) -> bool {
 /// The source has lost power since this node's consumers were let in.
 fn has_lost_power(error: &PeerError) -> bool {
     matches!(error, PeerError::Refused { reason, .. } if reason == "SESSION_STALE")
+}
+
+/// The source is the volume again, and nobody writes from here any more.
+fn has_taken_back(error: &PeerError) -> bool {
+    matches!(error, PeerError::Refused { reason, .. } if reason == "GRANT_RETURNED")
 }
 
 /// Whether a step loads a clone that may hold data already.

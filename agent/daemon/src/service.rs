@@ -515,6 +515,7 @@ impl Service {
                 }
             })
             .await
+            .map_err(|error| self.of_what_is_over(error, claim.grant))
     }
 
     /// What was never written here, for the grant's holder.

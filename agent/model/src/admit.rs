@@ -10,7 +10,7 @@ use uuid::Uuid;
 pub(crate) use self::remote::not_remote;
 pub use self::{
     moving::{CopyRequest, MAX_COPIES, grant_copy, lent_to, never_granted, reachable, still},
-    remote::{fence_served, localize, receive_remote, reclaim, serve},
+    remote::{fence_served, localize, of_what_is_over, receive_remote, reclaim, serve},
     snapshots::{
         SnapshotRequest, Source as Made, create_of, delete_snapshot, grant_of, revert,
         snapshot_template, take_snapshot, template,
@@ -264,6 +264,9 @@ pub enum Refusal {
     /// This node has lost power since the borrower's consumers were let in.
     #[error("what was written under grant {0} before this node lost power may be lost")]
     SessionStale(Uuid),
+    /// The volume was taken back from the grant's holder, or given back.
+    #[error("grant {0} is over: its source is the volume again")]
+    GrantReturned(Uuid),
     /// No port is free for another export.
     #[error("no port is free for another export")]
     PortsExhausted,
@@ -356,6 +359,7 @@ impl Refusal {
             Self::VolumeRemote { .. } => "VOLUME_REMOTE",
             Self::AlwaysRemote { .. } => "ALWAYS_REMOTE",
             Self::SessionStale(_) => "SESSION_STALE",
+            Self::GrantReturned(_) => "GRANT_RETURNED",
             Self::PortsExhausted => "PORTS_EXHAUSTED",
             Self::SnapshotNotFound(_) => "SNAPSHOT_NOT_FOUND",
             Self::SnapshotExists { .. } => "SNAPSHOT_EXISTS",

@@ -464,6 +464,7 @@ impl Cluster {
                     }
                     Err(refusal @ Refusal::SourceActive(_)) => Err(Stop::Refused(refusal)),
                     Err(Refusal::SessionStale(_)) => Ok(self.source_lost_power(node, record)),
+                    Err(Refusal::GrantReturned(_)) => Ok(Event::ReturnAsked),
                     Err(refusal) => {
                         self.journal(at, Event::SourceRefused)?;
                         Err(Stop::Stuck(refusal.to_string()))
@@ -489,6 +490,7 @@ impl Cluster {
                     Ok(_) => Ok(Event::SourceServes(self.world.nodes[node].boot)),
                     Err(refusal @ Refusal::SourceActive(_)) => Err(Stop::Refused(refusal)),
                     Err(Refusal::SessionStale(_)) => Ok(self.source_lost_power(node, record)),
+                    Err(Refusal::GrantReturned(_)) => Ok(Event::ReturnAsked),
                     Err(refusal) => {
                         self.journal(at, Event::SourceRefused)?;
                         Err(Stop::Stuck(refusal.to_string()))
@@ -559,11 +561,19 @@ impl Cluster {
     }
 
     fn fence(&mut self, node: usize, claim: &Claim, forced: bool) -> Result<(), Stop> {
-        self.close(node, claim, forced, LentStage::Fenced, admit::fence)
+        let closed = self.close(node, claim, forced, LentStage::Fenced, admit::fence);
+        closed.map_err(|stop| self.of_what_is_over(node, claim, stop))
     }
 
     fn serve(&mut self, node: usize, claim: &Claim, forced: bool) -> Result<(), Stop> {
-        self.close(node, claim, forced, LentStage::Serving, admit::serve)
+        let closed = self.close(node, claim, forced, LentStage::Serving, admit::serve);
+        closed.map_err(|stop| self.of_what_is_over(node, claim, stop))
+    }
+
+    fn of_what_is_over(&self, node: usize, claim: &Claim, stop: Stop) -> Stop {
+        let Stop::Refused(refusal) = stop else { return stop };
+        let stone = self.journals[node].stones.get(&claim.grant);
+        Stop::Refused(admit::of_what_is_over(refusal, stone))
     }
 
     /// At the source. A guest that runs there must not be cut off unless somebody has
@@ -610,6 +620,20 @@ impl Cluster {
         }
         let boot = self.world.nodes[node].boot;
         self.of_grant(node, claim, |record| admit::reclaim(record, claim, boot))
+    }
+
+    /// Somebody says that whoever uses the volume elsewhere is gone, true or not.
+    fn take_back(&mut self, node: usize) -> Result<(), Stop> {
+        let records = self.journals[node].copies.values().filter(|record| record.id == self.id);
+        let claims = records.filter_map(|record| {
+            let grant = record.lent()?.to.grant;
+            let (incarnation, generation) = (record.incarnation, record.generation);
+            Some(Claim { grant, incarnation, generation, session: 0 })
+        });
+        match claims.last() {
+            Some(claim) => self.reclaim(node, &claim),
+            None => Ok(()),
+        }
     }
 
     /// A call arrives once more, however late; nobody waits for its answer.
@@ -1057,6 +1081,7 @@ impl Cluster {
             Op::Detach(node) => self.detach(node),
             Op::Move(from, to, hold) => self.begin_move(from, to, hold),
             Op::Borrow(from, to, hold) => self.begin_move_to(from, to, hold, true),
+            Op::TakeBack(node) => self.take_back(node),
             Op::Localize(node) => self.localize(node),
             Op::Switch(node, force) => self.switch(node, force),
             Op::Abort(node) => self.abort(node),
@@ -1241,6 +1266,7 @@ enum Op {
     Detach(usize),
     Move(usize, usize, bool),
     Borrow(usize, usize, bool),
+    TakeBack(usize),
     Localize(usize),
     Switch(usize, bool),
     Abort(usize),
@@ -1280,6 +1306,7 @@ fn any_op() -> impl Strategy<Value = Op> {
         2 => node.clone().prop_map(Op::Detach),
         6 => (way.clone(), any::<bool>()).prop_map(|((from, to), hold)| Op::Move(from, to, hold)),
         3 => (way, any::<bool>()).prop_map(|((from, to), hold)| Op::Borrow(from, to, hold)),
+        1 => node.clone().prop_map(Op::TakeBack),
         1 => node.clone().prop_map(Op::Localize),
         4 => (node.clone(), prop::bool::weighted(0.2))
             .prop_map(|(node, force)| Op::Switch(node, force)),

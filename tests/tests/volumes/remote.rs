@@ -200,6 +200,47 @@ pub fn a_remote_volume_outlives_the_power_of_its_user(bed: &Bed) -> Result<()> {
     volume.delete_at_home(a, b)
 }
 
+pub fn a_remote_volume_is_taken_back_from_a_lost_node(bed: &Bed) -> Result<()> {
+    let volume = Volume::create_full(bed.a(), 32)?;
+    volume.write(bed.a(), "--count 50")?.stop(bed.a())?;
+    volume.carry_state(bed.a(), bed.b())?;
+    let (a, b) = borrow(bed, &volume, "--remote")?;
+    let lost = volume.write(b, "")?;
+    lost.progress()?;
+    b.set_link(false)?;
+    refused(a, &format!("volume attach {}", volume.id), "VOLUME_FENCED")?;
+    refused(a, &format!("volume reclaim {} --from node-c", volume.id), "GRANT_UNKNOWN")?;
+    let back = ctl(a, &format!("volume reclaim {} --from node-b", volume.id))?;
+    ensure!(back["state"] == "local" && back["generation"] == 3, "{back}");
+    ctl(a, &format!("volume attach {}", volume.id))?;
+    volume.copy_state(b, &volume, a)?;
+    volume.verify(a)?;
+    let writer = volume.write(a, "")?;
+    writer.progress()?;
+
+    // Whoever still waits there reads and writes nothing any more.
+    lost.check()?;
+    b.set_link(true)?;
+    volume.wait_until_gone(b)?;
+    until("whoever waited to hear of it", SOON, || {
+        Ok(match lost.check() {
+            Ok(()) => Err("it waits".to_owned()),
+            Err(_) => Ok(()),
+        })
+    })?;
+    lost.lost();
+    writer.progress()?;
+    writer.stop(a)?;
+    volume.verify(a)?;
+    volume.forget_writer(b)?;
+    volume.start_move(a, b, "--hold --wait")?;
+    volume.carry_state(a, b)?;
+    ctl(b, &format!("volume switch {}", volume.id))?;
+    volume.finish_move(a, b)?;
+    volume.verify(b)?;
+    volume.delete(b)
+}
+
 pub fn a_full_pool_makes_a_move_remote_and_room_makes_it_local(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create_full(a, 32)?;

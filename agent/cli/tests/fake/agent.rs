@@ -434,9 +434,11 @@ impl Moves for Agent {
 
     async fn reclaim(
         &self,
-        _: Request<ReclaimRequest>,
+        request: Request<ReclaimRequest>,
     ) -> Result<Response<ReclaimResponse>, Status> {
-        Err(Status::unimplemented("not dmlocalctl's business"))
+        let ask = request.into_inner();
+        self.note(format!("Reclaim {} {} {}", ask.volume_id, ask.grant_id, ask.generation));
+        Ok(Response::new(ReclaimResponse {}))
     }
 
     async fn abort(

@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use crate::agent::{DEVICE, ID, Log, Manners, OTHER, Ran, dmlocalctl, run, unix, volume};
-use dmlocal_proto::v1::VolumeState;
+use dmlocal_proto::v1::{Volume, VolumeState};
 use serde_json::Value;
 use tempfile::{TempDir, tempdir};
 
@@ -149,6 +149,25 @@ fn every_command_asks_for_what_it_was_told() {
 }
 
 #[test]
+fn a_volume_is_taken_back_from_the_node_that_is_named() {
+    let lent = Volume {
+        peer_node: Some("node-z".into()),
+        grant_id: Some(OTHER.into()),
+        generation: 4,
+        ..volume(VolumeState::Fenced)
+    };
+    let states = [lent.clone(), lent, volume(VolumeState::Local)];
+    let (_dir, log, endpoint) = agent(Manners { states: states.into(), ..Manners::default() });
+    let reclaim = ["volume", "reclaim", ID, "--output", "json", "--from"];
+    let refused = run(&endpoint, &[&reclaim[..], &["node-y"]].concat());
+    assert_eq!(refused.failure()["reason"], "GRANT_UNKNOWN");
+    assert_eq!(*log.lock().unwrap(), [""; 0]);
+    let taken = run(&endpoint, &[&reclaim[..], &["node-z"]].concat());
+    assert_eq!(taken.json()["state"], "local");
+    assert_eq!(*log.lock().unwrap(), [format!("node-a Reclaim {ID} {OTHER} 4")]);
+}
+
+#[test]
 fn in_json_every_command_prints_one_value() {
     let (_dir, _log, endpoint) = agent(Manners::default());
     let json = |args: &[&str]| run(&endpoint, &[args, &["--output", "json"]].concat()).json();
@@ -246,6 +265,7 @@ fn a_wrong_command_line_exits_2() {
         ],
         &["volume", "move", ID, "--from", "http://a:1", "--to", "unix:///b"],
         &["volume", "forget-source", ID],
+        &["volume", "reclaim", ID],
         &["hydration", "set", ID],
         &["hydration", "set", ID, "--threshold", "x"],
         &["status", "--endpoint", "http://a:1"],

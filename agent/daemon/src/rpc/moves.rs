@@ -282,7 +282,7 @@ impl v1::moves_server::Moves for Face {
         request: Request<v1::ReclaimRequest>,
     ) -> Result<Response<v1::ReclaimResponse>, Status> {
         let caller = Caller::of(&request)?;
-        let node = caller.acting_for(&[])?;
+        let node = caller.acting_for(&ROLES)?;
         let request = request.into_inner();
         let id = convert::volume_id(&request.volume_id).map_err(status)?;
         let claim = convert::claim(&request.grant_id, &request.incarnation, request.generation)

@@ -104,6 +104,7 @@ const fn refusal_code(refusal: &Refusal) -> Code {
         | Refusal::VolumeRemote { .. }
         | Refusal::AlwaysRemote { .. }
         | Refusal::SessionStale(_)
+        | Refusal::GrantReturned(_)
         | Refusal::VolumeAttached(_)
         | Refusal::VolumePublished { .. }
         | Refusal::VolumeFenced { .. }
@@ -180,7 +181,8 @@ fn refusal_metadata(refusal: &Refusal) -> HashMap<String, String> {
         }
         Refusal::GrantUnknown(grant)
         | Refusal::GrantFenced(grant)
-        | Refusal::SessionStale(grant) => {
+        | Refusal::SessionStale(grant)
+        | Refusal::GrantReturned(grant) => {
             vec![("grant_id", grant.to_string())]
         }
         Refusal::GrantExists { grant, field } => {

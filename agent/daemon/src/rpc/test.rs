@@ -77,7 +77,7 @@ const MATRIX: &[(&str, &[&str])] = &[
     ("Moves/GetAllocation", &[AGENT]),
     ("Moves/GrantCopy", &[AGENT]),
     ("Moves/Serve", &[AGENT]),
-    ("Moves/Reclaim", &[AGENT]),
+    ("Moves/Reclaim", &[DRIVER, AGENT, OPERATOR]),
     ("Moves/Release", &[AGENT]),
     ("Moves/Revoke", &[DRIVER, AGENT, OPERATOR]),
     ("Moves/QueryGrant", &[AGENT, OPERATOR]),

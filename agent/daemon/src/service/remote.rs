@@ -8,6 +8,7 @@ use dmlocal_model::{
     volume::{Event, Fate, LentStage, ReceivingStage, Record},
 };
 use tracing::{debug, info};
+use uuid::Uuid;
 
 use super::{RECEIVE_TARGETS, Room, Service, borrowed_by};
 use crate::{
@@ -187,10 +188,20 @@ impl Service {
                 }
             })
             .await
+            .map_err(|error| self.of_what_is_over(error, claim.grant))
+    }
+
+    /// What a grant's holder hears instead of that nobody knows the grant.
+    pub(super) fn of_what_is_over(&self, error: ServiceError, grant: Uuid) -> ServiceError {
+        let ServiceError::Refused(refusal) = error else { return error };
+        match self.volumes.tombstone(grant) {
+            Ok(stone) => admit::of_what_is_over(refusal, stone.as_ref()).into(),
+            Err(error) => error,
+        }
     }
 
     /// Takes the right to write back from the grant's holder, which has no use for the
-    /// volume any more.
+    /// volume any more; or is gone, on the word of whoever asks.
     ///
     /// # Errors
     /// See [`admit::reclaim`].

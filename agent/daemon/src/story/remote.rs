@@ -202,6 +202,49 @@ fn what_is_used_elsewhere_is_changed_by_nobody_here() {
     });
 }
 
+/// Its user is gone, as far as anybody can tell.
+#[test]
+fn a_volume_is_taken_back_from_whoever_used_it_elsewhere() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Arc::new(Mutex::new(World::new(2)));
+        let pair = Pair::open(Arc::clone(&world), directory.path()).await;
+        let [a, b] = &pair.services[..] else { panic!("two agents") };
+        let id = pair.id;
+        a.create(id, VOLUME_BYTES, "").await.unwrap();
+        let lent = borrow(&pair, 7, false, Mode::Remote).await.unwrap();
+        assert_eq!(pair.write(1, 1, 42), Io::Done(()));
+        let claim = Claim {
+            grant: Uuid::from_u128(7),
+            incarnation: lent.record.incarnation,
+            generation: pair.view(0).unwrap().record.generation,
+            session: 0,
+        };
+        let stranger = Claim { grant: Uuid::from_u128(99), ..claim.clone() };
+        assert_eq!(one(a.reclaim(id, &stranger, None).await), "GRANT_UNKNOWN");
+        locked(&world).set_users(1, &lent.record, 1);
+        a.reclaim(id, &claim, None).await.unwrap();
+        a.reclaim(id, &claim, None).await.unwrap();
+        a.attach(id, None).await.unwrap();
+        assert_eq!(pair.read(0, 1), Io::Done(42));
+        assert_eq!(pair.write(0, 1, 43), Io::Done(()));
+
+        // Whoever still has it open there reads and writes nothing any more.
+        pair.until(1, |view| view.is_none()).await;
+        assert_eq!(locked(&world).write_handle(1, &lent.record, 1, 44), Io::Failed);
+        assert_eq!(pair.read(0, 1), Io::Done(43));
+        locked(&world).set_users(1, &lent.record, 0);
+        assert!(locked(&world).is_clean(1));
+        assert_eq!(one(a.serve(id, &claim, true, Some("n1")).await), "GRANT_RETURNED");
+        assert_eq!(one(a.fence(id, &claim, true, Some("n1")).await), "GRANT_RETURNED");
+
+        // It may go there again.
+        borrow(&pair, 8, true, Mode::Remote).await.unwrap();
+        b.switch(id, false).await.unwrap();
+        assert_eq!(pair.read(1, 1), Io::Done(43));
+    });
+}
+
 fn with(node: usize, receive: Receive) -> Config {
     Config { receive, ..config(node, 4) }
 }

@@ -10,7 +10,7 @@ use crate::{
     hydration,
     plan::Device,
     units::Sectors,
-    volume::{Event, Lent, LentStage, Phase, ReceivingStage, Record, Remote, Tombstone},
+    volume::{Event, Fate, Lent, LentStage, Phase, ReceivingStage, Record, Remote, Tombstone},
 };
 
 /// Receives a volume without room for it: what is written here goes to the source.
@@ -121,9 +121,8 @@ pub fn serve(
         LentStage::Fencing | LentStage::Fenced | LentStage::Releasing => {
             return Err(Refusal::GrantFenced(claim.grant));
         }
-        LentStage::Revoking | LentStage::Reclaiming => {
-            return Err(Refusal::GrantUnknown(claim.grant));
-        }
+        LentStage::Revoking => return Err(Refusal::GrantUnknown(claim.grant)),
+        LentStage::Reclaiming => return Err(Refusal::GrantReturned(claim.grant)),
     }
     if is_current(lent, claim, boot)? {
         return Ok(Admitted::Already);
@@ -157,12 +156,12 @@ pub fn fence_served(
             }
             journal(&renewed, Event::FenceAsked)
         }
+        LentStage::Reclaiming => Err(Refusal::GrantReturned(claim.grant)),
         LentStage::Published
         | LentStage::Fenced
         | LentStage::Releasing
         | LentStage::Revoking
-        | LentStage::Yielding
-        | LentStage::Reclaiming => Err(Refusal::GrantUnknown(claim.grant)),
+        | LentStage::Yielding => Err(Refusal::GrantUnknown(claim.grant)),
     }
 }
 
@@ -178,7 +177,8 @@ fn is_current(lent: &Lent, claim: &Claim, boot: Uuid) -> Result<bool, Refusal> {
     }
 }
 
-/// The grant's holder has no use for the volume any more: this copy is it again.
+/// The grant's holder has no use for the volume any more, or is gone: this copy is it
+/// again. Whatever the holder was told is done is here, so that nothing is lost with it.
 ///
 /// # Errors
 /// The grant is not open here, names another generation, or its holder has never been
@@ -198,6 +198,19 @@ pub fn reclaim(record: &Record, claim: &Claim, boot: Uuid) -> Result<Admitted, R
         LentStage::Published | LentStage::Revoking | LentStage::Yielding => {
             Err(Refusal::GrantUnknown(claim.grant))
         }
+    }
+}
+
+/// What the holder of a grant hears that this node knows nothing of: if it has ended by
+/// the volume's return, that it is over for good.
+pub fn of_what_is_over(refusal: Refusal, stone: Option<&Tombstone>) -> Refusal {
+    match (&refusal, stone) {
+        (Refusal::GrantUnknown(grant), Some(stone))
+            if stone.grant == *grant && stone.fate == Fate::Returned =>
+        {
+            Refusal::GrantReturned(*grant)
+        }
+        _ => refusal,
     }
 }
 

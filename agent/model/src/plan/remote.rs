@@ -195,10 +195,17 @@ impl Plan<'_> {
     }
 
     fn returning(&self, receiving: &Receiving) -> Next {
-        if self.seen.handle.is_some() {
-            return one(Step::Remove(Role::Handle));
+        match &self.seen.handle {
+            // The source has taken the volume back below somebody.
+            Some(handle) if handle.open_count > 0 => {
+                if let Some(next) = self.sealed(receiving) {
+                    return next;
+                }
+            }
+            Some(_) => return one(Step::Remove(Role::Handle)),
+            None => {}
         }
-        if let Some(next) = self.dismantled(receiving) {
+        if let Some(next) = self.dismantled(receiving).or_else(|| self.handle_leaving()) {
             return next;
         }
         if !self.record.pool.is_empty() {

@@ -127,7 +127,7 @@ impl Receiving {
             }
             (S::Returning, Event::ReturnAsked) => S::Returning,
             (stage, Event::ReturnAsked)
-                if stage.writes_there() || (stage == S::Settling && self.failure.is_some()) =>
+                if stage.writes_there() || matches!(stage, S::Switching | S::Settling) =>
             {
                 self.failure = None;
                 S::Returning

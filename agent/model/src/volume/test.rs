@@ -39,6 +39,7 @@ const REMOTE: &str = "
     Switching --SourceServes--> Remote
     Switching --SourceRefused--> Refused
     Switching --SessionLost--> Switching
+    Switching --ReturnAsked--> Returning
     Switching --Failed--> Switching
     Switching --Rebooted--> Switching
     Refused --SwitchAsked--> Switching
@@ -78,6 +79,7 @@ const REMOTE: &str = "
     Clearing --Failed--> Clearing
     Clearing --Rebooted--> Clearing
     Settling --SourceFenced--> Hydrating
+    Settling --ReturnAsked--> Returning
     Settling --SessionLost--> Settling
     Settling --Failed--> Settling
     Settling --Rebooted--> Settling
