@@ -38,6 +38,8 @@ class Node:
         self, name: str, endpoint: str, credentials: grpc.ChannelCredentials, settings: Settings
     ) -> None:
         self.name = name
+        # The agent's pool that is used; empty stands for its first.
+        self.pool = settings.pool
         self._settings = settings
         self._channel = grpc.secure_channel(
             endpoint,
@@ -136,6 +138,11 @@ class Fleet:
         """Names of all nodes, in the order of the configuration."""
         return list(self._nodes)
 
+    @property
+    def pool(self) -> str:
+        """The pool that is used on every node; empty stands for each agent's first."""
+        return self._settings.pool
+
     def ask(
         self,
         method: Callable[[Node], Callable[..., Any]],
@@ -195,8 +202,7 @@ class Fleet:
         return Answers(given, failed)
 
     def _pool_of(self, pools: Iterable[Any]) -> Any | None:
-        wanted = self._settings.pool
-        return next((pool for pool in pools if wanted in ('', pool.name)), None)
+        return next((pool for pool in pools if self.pool in ('', pool.name)), None)
 
     def answers(self) -> bool:
         """Whether any node answers, as far as is known.

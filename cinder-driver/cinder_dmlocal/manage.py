@@ -51,7 +51,7 @@ def volume(node: Node, existing_ref: dict[str, Any]) -> pb.Volume:
         found = node.look(node.volumes.Get, pb.GetVolumeRequest(id=source))
     except errors.Refused as refusal:
         raise _invalid(existing_ref, refusal.msg) from refusal
-    why = _why_not(found)
+    why = _why_not(found, node.pool)
     if why:
         raise _invalid(existing_ref, why)
     return found
@@ -60,7 +60,7 @@ def volume(node: Node, existing_ref: dict[str, Any]) -> pb.Volume:
 def snapshot(all_of_them: Snapshots, of: Known, existing_ref: dict[str, Any]) -> Taken:
     """The snapshot of a volume that a reference means.
 
-    Raises ManageExistingInvalidReference if there is none.
+    Raises ManageExistingInvalidReference if there is none that may be taken over.
     """
     try:
         taken = all_of_them.find(KnownSnapshot(_source(existing_ref), '', of))
@@ -68,6 +68,9 @@ def snapshot(all_of_them: Snapshots, of: Known, existing_ref: dict[str, Any]) ->
         raise _invalid(existing_ref, str(missing)) from missing
     if taken.snapshot.volume_id != of.id:
         raise _invalid(existing_ref, f'it is of volume {taken.snapshot.volume_id}')
+    why = _elsewhere(taken.snapshot, taken.node.pool)
+    if why:
+        raise _invalid(existing_ref, why)
     return taken
 
 
@@ -76,7 +79,7 @@ def volumes(fleet: Fleet, known: Iterable[Any]) -> list[dict[str, Any]]:
     owners = {volume.name_id: volume.id for volume in known}
     answers = fleet.ask(lambda node: node.volumes.List, pb.ListVolumesRequest())
     return [
-        _entry(found, owners.get(found.id), _why_not(found), {'node': node})
+        _entry(found, owners.get(found.id), _why_not(found, fleet.pool), {'node': node})
         for node, answer in answers.given.items()
         for found in answer.volumes
     ]
@@ -90,7 +93,7 @@ def snapshots(fleet: Fleet, known: Iterable[Any]) -> list[dict[str, Any]]:
     for node, answer in answers.given.items():
         for found in answer.snapshots:
             is_whole = found.state == pb.SNAPSHOT_STATE_AVAILABLE
-            why = None if is_whole else 'it is not available'
+            why = _elsewhere(found, fleet.pool) if is_whole else 'it is not available'
             entry = _entry(found, owners.get(found.id), why, {'node': node})
             entry['source_reference'] = {'source-id': found.volume_id}
             entries.append(entry)
@@ -110,12 +113,18 @@ def _entry(found: Any, cinder_id: str | None, why: str | None, extra: Any) -> di
     }
 
 
-def _why_not(found: pb.Volume) -> str | None:
+def _why_not(found: pb.Volume, pool: str) -> str | None:
     if found.attached:
         return 'it is attached'
     if found.state != pb.VOLUME_STATE_LOCAL:
         return 'it is not all on this node'
-    return None
+    return _elsewhere(found, pool)
+
+
+def _elsewhere(found: Any, pool: str) -> str | None:
+    if pool in ('', found.pool):
+        return None
+    return f'it is in the pool {found.pool}, and here {pool} is used (dmlocal_pool)'
 
 
 def _source(existing_ref: dict[str, Any]) -> str:

@@ -17,9 +17,9 @@ LOG = logging.getLogger(__name__)
 
 
 def location_info(fleet: Fleet) -> str:
-    """The same for every service of one fleet, and for no other."""
+    """The same for every service of one fleet and agents' pool, and for no other."""
     names = ' '.join(sorted(fleet.names))
-    return f'dmlocal:{hashlib.sha256(names.encode()).hexdigest()[:16]}'
+    return f'dmlocal:{hashlib.sha256(names.encode()).hexdigest()[:16]}:{fleet.pool}'
 
 
 def of(driver: DmLocalDriver) -> dict[str, Any]:

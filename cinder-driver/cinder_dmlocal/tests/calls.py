@@ -36,6 +36,7 @@ class Vol:
     state: str = 'LOCAL'
     generation: int = 1
     incarnation: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
+    pool: str = 'local'
     attached: bool = False
     opened: int = 0
     held_writes: list[str] = dataclasses.field(default_factory=list)
@@ -66,6 +67,7 @@ class Snap:
     file: pathlib.Path | None = None
     incarnation: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
     state: str = 'AVAILABLE'
+    pool: str = 'local'
 
 
 def _shown_state(vol: Vol) -> str:
@@ -145,7 +147,7 @@ class Calls:
             attached=vol.attached,
             generation=vol.generation,
             incarnation=vol.incarnation,
-            pool='local',
+            pool=vol.pool,
         )
         if vol.attached:
             shown.device_path = self.fleet.disks.device(self.name, vol.id, vol.file)
@@ -297,6 +299,7 @@ class Calls:
             volume_id=snap.volume,
             size_bytes=snap.size,
             incarnation=snap.incarnation,
+            pool=snap.pool,
             state=pb.SnapshotState.Value(f'SNAPSHOT_STATE_{snap.state}'),
         )
 

@@ -164,6 +164,16 @@ class Moves(DriverTestCase):
         host = {'host': 'other@lvm#pool', 'capabilities': {'location_info': 'LVM:other'}}
         self.assertEqual((False, None), self.driver.migrate_volume(None, volume, host))
 
+    def test_another_pool_of_the_same_nodes_is_left_to_cinder(self) -> None:
+        volume = self.cinder.create()
+        other = self.make_driver(dmlocal_pool='local')
+        pools = {p['pool_name']: p for p in other.get_volume_stats(refresh=True)['pools']}
+        for name in ('node-a', 'node-b'):
+            host = {'host': f'fleet@other#{name}', 'capabilities': pools[name]}
+            self.assertEqual((False, None), self.driver.migrate_volume(None, volume, host))
+            self.assertFalse(self.driver.retype(None, volume, {}, {}, host))
+        self.assert_where(volume, a='LOCAL')
+
     def test_retype_on_the_same_node_needs_nothing(self) -> None:
         volume = self.cinder.create()
         target = self.target('a')
@@ -261,6 +271,27 @@ class TakingOver(DriverTestCase):
         self.found.attached = True
         with self.assertRaisesRegex(exception.ManageExistingInvalidReference, 'attached'):
             self.driver.manage_existing(self.volume, self.ref)
+
+    def test_what_is_in_another_pool_is_refused(self) -> None:
+        volume = self.cinder.create()
+        other = Snapshot(volume)
+        self.driver.create_snapshot(other)
+        self.found.pool = self.agent('a').snapshots[other.id].pool = 'slow'
+        driver = self.make_driver(dmlocal_pool='local')
+        why = 'pool slow.*dmlocal_pool'
+        with self.assertRaisesRegex(exception.ManageExistingInvalidReference, why):
+            driver.manage_existing(self.volume, self.ref)
+        with self.assertRaisesRegex(exception.ManageExistingInvalidReference, why):
+            driver.manage_existing_snapshot(Snapshot(volume), {'source-id': other.id})
+        for entries in (
+            driver.get_manageable_volumes([volume], None, 10, 0, ['size'], ['desc']),
+            driver.get_manageable_snapshots([], None, 10, 0, ['size'], ['desc']),
+        ):
+            reasons = [e['reason_not_safe'] for e in entries if not e['cinder_id']]
+            self.assertEqual(1, len(reasons))
+            self.assertRegex(reasons[0], why)
+        # Where no pool is named, all of them are used.
+        self.driver.manage_existing(self.volume, self.ref)
 
     def test_the_list_says_what_is_safe(self) -> None:
         known = self.cinder.create('node-b')
