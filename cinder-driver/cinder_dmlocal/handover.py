@@ -84,3 +84,22 @@ def revoke(source: Node, volume_id: str, grant_id: str) -> None:
         source.call(source.moves.Revoke, request)
     except errors.AgentError as error:
         LOG.warning('Volume %s: the grant %s stays: %s', volume_id, grant_id, error.msg)
+
+
+def give_up(held: Copy, source: Copy | None) -> None:
+    """Aborts a move at its destination, which nobody has open.
+
+    If writes wait there they were never acknowledged. The source is told first then,
+    so that it cannot be fenced any more.
+    """
+    request = pb.AbortRequest(**held.which())
+    try:
+        held.node.call(held.node.moves.Abort, request)
+    except errors.Refused as refusal:
+        if refusal.reason in ('GRANT_FENCED', 'VOLUME_NOT_FOUND', 'VOLUME_NOT_HELD'):
+            LOG.info('Volume %s: %s', held.volume.id, refusal.msg)
+            return
+        if refusal.reason != 'WRITTEN_AT_DESTINATION' or source is None:
+            raise
+        revoke(source.node, held.volume.id, held.volume.grant_id)
+        held.node.call(held.node.moves.Abort, request)

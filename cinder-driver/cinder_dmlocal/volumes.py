@@ -337,7 +337,7 @@ class Volumes:
         """
         self._close(here)
         source = found.copies.get(here.volume.source_node)
-        self._give_up(here, source)
+        handover.give_up(here, source)
         owner = find(self._fleet, found.known, here.volume.source_node or None).owner
         return Placed(owner.home) if owner else None
 
@@ -431,14 +431,14 @@ class Volumes:
             is_stray = copy.is_held and copy is not owner and not owner.is_promised(copy)
             if is_stray:
                 self._close(copy)
-                self._give_up(copy, None)
+                handover.give_up(copy, None)
         if not owner.is_offered:
             return owner
         peer = owner.volume.peer_node
         held = found.copies.get(peer)
         if held is not None:
             self._close(held)
-            self._give_up(held, owner)
+            handover.give_up(held, owner)
         else:
             self._must_have_answered(found, peer)
             handover.revoke(owner.node, owner.volume.id, owner.volume.grant_id)
@@ -453,21 +453,3 @@ class Volumes:
         error = found.failed.get(peer)
         if isinstance(error, errors.Unreachable) and not self._fleet[peer].is_dead:
             raise error
-
-    def _give_up(self, held: Copy, source: Copy | None) -> None:
-        """Aborts a move at its destination, which nobody has open.
-
-        If writes wait there they were never acknowledged. The source is told first then,
-        so that it cannot be fenced any more.
-        """
-        request = pb.AbortRequest(**held.which())
-        try:
-            held.node.call(held.node.moves.Abort, request)
-        except errors.Refused as refusal:
-            if refusal.reason in ('GRANT_FENCED', 'VOLUME_NOT_FOUND', 'VOLUME_NOT_HELD'):
-                LOG.info('Volume %s: %s', held.volume.id, refusal.msg)
-                return
-            if refusal.reason != 'WRITTEN_AT_DESTINATION' or source is None:
-                raise
-            handover.revoke(source.node, held.volume.id, held.volume.grant_id)
-            held.node.call(held.node.moves.Abort, request)
