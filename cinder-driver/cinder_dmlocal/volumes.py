@@ -26,6 +26,9 @@ LOG = logging.getLogger(__name__)
 # How often it is seen whether a device is closed by now, in seconds.
 _AGAIN = 0.25
 
+# Refusals that say that what a look has shown is not there any more.
+_GONE = ('VOLUME_NOT_FOUND', 'GENERATION_STALE')
+
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
@@ -298,7 +301,8 @@ class Volumes:
         Whoever has the device open there is never cut off, whatever Cinder says: the
         answer then is errors.InUse. A host that another attachment names as well keeps
         the device. An agent that does not answer is passed over: its node may be dead,
-        and what it has is cleared away before the volume is used elsewhere.
+        and what it has is cleared away before the volume is used elsewhere. What ends
+        between the look and the call, as a source that is let go, is looked for again.
         """
         others = list(known.hosts)
         if host in others:
@@ -308,10 +312,21 @@ class Volumes:
             owner = find(self._fleet, known, host).owner
             return Placed(owner.home) if owner else None
         try:
-            return self._detach(known, host, others)
+            return self._detach_again(known, host, others)
         except errors.Unreachable as error:
             LOG.warning('Volume %s is not detached on %s: %s', known.id, host, error.msg)
-            return None
+        except (errors.NotFound, errors.Lost) as missing:
+            LOG.warning('%s Nothing is left to detach on %s.', missing, host)
+        return None
+
+    def _detach_again(self, known: Known, host: str, others: list[str]) -> Placed | None:
+        try:
+            return self._detach(known, host, others)
+        except errors.Refused as refusal:
+            if refusal.reason not in _GONE:
+                raise
+            LOG.info('Volume %s is looked for again: %s', known.id, refusal.msg)
+        return self._detach(known, host, others)
 
     def _detach(self, known: Known, host: str, others: list[str]) -> Placed | None:
         found = find(self._fleet, known, host)

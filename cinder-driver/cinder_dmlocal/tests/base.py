@@ -15,7 +15,7 @@ import os
 import tempfile
 import unittest
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cinder import coordination, exception, objects
@@ -243,6 +243,19 @@ class DriverTestCase(unittest.TestCase):
 
     def agent(self, letter: str) -> Agent:
         return self.fleet.agents[f'node-{letter}']
+
+    def before(self, letter: str, method: str, act: Callable[[], Any]) -> None:
+        """Has something happen just before an agent does what it is asked for next."""
+        agent = self.agent(letter)
+        does = getattr(agent, method)
+
+        def late(request: Any) -> Any:
+            agent.__dict__.pop(method, None)
+            act()
+            return does(request)
+
+        setattr(agent, method, late)
+        self.addCleanup(agent.__dict__.pop, method, None)
 
     def assert_where(self, volume: Any, **states: str) -> None:
         """The copies of a volume: assert_where(volume, a='LOCAL')."""

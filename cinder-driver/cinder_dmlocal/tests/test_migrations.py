@@ -67,6 +67,47 @@ class LiveMigration(DriverTestCase):
         self.assert_where(self.volume, b='LOCAL')
         self.assert_home(self.volume, 'b')
 
+    def test_a_source_that_is_let_go_during_the_terminate_is_no_error(self) -> None:
+        self.prepare()
+        self.move_guest()
+
+        def arrive() -> None:
+            self.agent('b').write(self.volume.id, 'second')
+            self.agent('b').arrive(self.volume.id)
+
+        self.before('a', 'volumes_detach', arrive)
+        self.cinder.delete_attachment(self.volume, self.at_a)
+        self.assert_where(self.volume, b='LOCAL')
+        self.assert_home(self.volume, 'b')
+
+    def test_a_terminate_goes_on_with_the_generation_that_is_there_then(self) -> None:
+        def hand_over() -> None:
+            self.agent('a').volumes[self.volume.id].generation += 2
+
+        for is_open in (True, False):
+            self.before('a', 'volumes_detach', hand_over)
+            if is_open:
+                with self.refused('in use', 'node-a'):
+                    self.cinder.delete_attachment(self.volume, self.at_a)
+                self.move_guest()
+            else:
+                self.cinder.delete_attachment(self.volume, self.at_a)
+        self.assertFalse(self.agent('a').volumes[self.volume.id].attached)
+
+    def test_a_terminate_of_a_volume_that_ends_meanwhile_is_no_error(self) -> None:
+        at_b = self.prepare()
+        self.give_up()
+        self.volume.volume_attachment.remove(at_b)
+        self.move_guest()
+
+        def end() -> None:
+            for letter in 'ab':
+                self.agent(letter).volumes.clear()
+
+        self.before('b', 'moves_abort', end)
+        self.cinder.delete_attachment(self.volume, self.at_a)
+        self.assertEqual([], self.volume.volume_attachment)
+
     def test_a_second_initialize_at_the_destination_changes_nothing(self) -> None:
         self.prepare()
         self.driver.initialize_connection(self.volume, {'host': 'node-b'})
