@@ -37,11 +37,13 @@ class Known:
     """What Cinder knows of a volume.
 
     `hosts` has the host of each attachment that has one, so a host may be there twice.
+    Unless it `was_made` its creation has failed, or has not ended yet.
     """
 
     id: str
     home: str
     hosts: tuple[str, ...] = ()
+    was_made: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +146,8 @@ class Found:
     def must_have_owner(self) -> Copy:
         """The same.
 
-        Raises errors.Lost, errors.Unreachable or errors.NotFound if there is none.
+        Raises errors.Lost, errors.NotFound, or what the node that should have it has
+        answered, if there is none.
         """
         owner = self.owner
         if owner is not None:
@@ -153,14 +156,12 @@ class Found:
             if name and name not in self.fleet:
                 raise errors.Unreachable(name, errors.STRANGER)
             error = self.failed.get(name)
-            if not isinstance(error, errors.Unreachable):
+            if error is None or _is_absent(error):
                 continue
             if self.fleet[name].is_dead:
                 raise errors.Lost(what=f'Volume {self.known.id}', node=name)
             raise error
-        raise errors.NotFound(
-            what=f'volume {self.known.id}', silent=errors.silent(self.failed) or 'none'
-        )
+        raise errors.NotFound(f'volume {self.known.id}', self.failed)
 
     def _likely(self) -> list[str]:
         """Nodes that should have the volume, the likeliest first."""

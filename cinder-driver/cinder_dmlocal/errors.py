@@ -73,9 +73,14 @@ class InUse(exception.VolumeBackendAPIException):
 
 
 class NotFound(exception.VolumeBackendAPIException):
-    """No node has the volume or snapshot."""
+    """No node that answers has the volume or snapshot; `failed` says what they said."""
 
     message = 'No node has %(what)s. Nodes that do not answer: %(silent)s.'
+
+    def __init__(self, what: str, failed: Mapping[str, AgentError]) -> None:
+        super().__init__(what=what, silent=', '.join(silent(failed)) or 'none')
+        self.what = what
+        self.failed = failed
 
 
 class Lost(exception.VolumeBackendAPIException):
@@ -84,9 +89,9 @@ class Lost(exception.VolumeBackendAPIException):
     message = '%(what)s was on node %(node)s, which was declared dead: its data is lost.'
 
 
-def silent(failed: Mapping[str, AgentError]) -> str:
+def silent(failed: Mapping[str, AgentError]) -> list[str]:
     """Names of the nodes that have not answered at all."""
-    return ', '.join(sorted(n for n, e in failed.items() if isinstance(e, Unreachable)))
+    return sorted(name for name, e in failed.items() if isinstance(e, Unreachable))
 
 
 def of_call(node: str, error: grpc.RpcError) -> AgentError:

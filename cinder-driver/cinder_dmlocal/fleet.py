@@ -189,6 +189,15 @@ class Fleet:
             thread.join()
         return Answers(given, failed)
 
+    def must_have_answered(self, missing: errors.NotFound) -> None:
+        """Raises errors.Unreachable if a node that may have what is missing says nothing.
+
+        A node that was declared dead has nothing any more.
+        """
+        silent = [n for n in errors.silent(missing.failed) if not self._nodes[n].is_dead]
+        if silent:
+            raise errors.Unreachable(', '.join(silent), f'nobody else has {missing.what}')
+
     def pools(self) -> Answers:
         """The pool of each node that answers and has it; of every other, why not."""
         answers = self.ask(lambda node: node.nodes.ListPools, pb.ListPoolsRequest())

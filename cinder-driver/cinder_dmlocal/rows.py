@@ -53,7 +53,12 @@ def is_visited(volume: Any) -> bool:
 def known(volume: Any) -> Known:
     """What is known of a volume."""
     hosts = (_host_of(attachment) for attachment in volume.volume_attachment)
-    return Known(volume.name_id, home(volume), tuple(host for host in hosts if host))
+    return Known(
+        volume.name_id,
+        home(volume),
+        tuple(host for host in hosts if host),
+        was_made=volume.launched_at is not None,
+    )
 
 
 def _host_of(attachment: Any) -> str:

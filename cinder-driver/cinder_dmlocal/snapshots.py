@@ -79,8 +79,7 @@ class Snapshots:
         answers = self._fleet.ask(lambda node: node.snapshots.Get, request)
         for name, snapshot in answers.given.items():
             return Taken(self._fleet[name], snapshot)
-        silent = errors.silent(answers.failed) or 'none'
-        raise errors.NotFound(what=f'snapshot {known.id}', silent=silent)
+        raise errors.NotFound(f'snapshot {known.id}', answers.failed)
 
     def create(self, known: KnownSnapshot) -> Node:
         """Takes a snapshot where its volume is written; that node is the answer."""
@@ -92,10 +91,15 @@ class Snapshots:
         return self._volumes.where_written(known.volume, take).node
 
     def delete(self, known: KnownSnapshot) -> None:
-        """Deletes a snapshot, as soon as nothing reads it; one that is nowhere is deleted."""
+        """Deletes a snapshot, as soon as nothing reads it; one that is nowhere is deleted.
+
+        Raises errors.Unreachable if it may be on any node, and one says nothing.
+        """
         try:
             taken = self.find(known)
         except (errors.NotFound, errors.Lost) as error:
+            if isinstance(error, errors.NotFound) and not known.at:
+                self._fleet.must_have_answered(error)
             LOG.warning('Snapshot %s is deleted from Cinder only: %s', known.id, error)
             return
         incarnation = taken.snapshot.incarnation

@@ -137,12 +137,15 @@ class Volumes:
     def delete(self, known: Known) -> None:
         """Deletes a volume, wherever it is; one that is nowhere is deleted already.
 
-        Raises errors.InUse if somebody has its device open.
+        Raises errors.InUse if somebody has its device open, and errors.Unreachable if it
+        was made, is not found, and may be on a node that says nothing.
         """
         found = find(self._fleet, known)
         try:
             owner = found.must_have_owner()
         except errors.NotFound as missing:
+            if known.was_made:
+                self._fleet.must_have_answered(missing)
             LOG.warning('Volume %s is deleted from Cinder only: %s', known.id, missing)
             for copy in found.copies.values():
                 if copy.is_offered:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import datetime
 import functools
 import os
 import tempfile
@@ -21,6 +22,7 @@ from typing import Any
 from cinder import coordination, exception, objects
 from cinder.volume import configuration
 from oslo_config import cfg
+from oslo_utils import timeutils
 from taskflow.types import failure
 
 from cinder_dmlocal import options
@@ -57,6 +59,7 @@ class Volume:
     volume_attachment: list[Attachment] = dataclasses.field(default_factory=list)
     provider_location: str | None = None
     migration_status: str | None = None
+    launched_at: datetime.datetime | None = None
     _name_id: str | None = None
     _context: Any = None
     saved: int = 0
@@ -103,7 +106,7 @@ class Cinder:
     def create(self, node: str = 'node-a', size: int = 1) -> Volume:
         volume = Volume(size, f'{SERVICE}#{node}', 'creating')
         volume.update(self.driver.create_volume(volume))
-        volume.status = 'available'
+        volume.status, volume.launched_at = 'available', timeutils.utcnow()
         return volume
 
     def reserve(self, volume: Volume, instance: str) -> Attachment:

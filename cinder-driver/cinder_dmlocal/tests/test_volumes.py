@@ -72,16 +72,43 @@ class Volumes(DriverTestCase):
         self.driver.delete_volume(volume)
         self.assert_where(volume)
 
-    def test_deleting_what_is_nowhere_succeeds_although_a_node_is_silent(self) -> None:
+    def test_deleting_what_was_never_made_succeeds_although_a_node_is_silent(self) -> None:
+        self.agent('c').is_down = True
+        self.driver.delete_volume(Volume(1, f'{SERVICE}#node-a', 'error'))
+
+    def test_deleting_again_succeeds_once_every_node_says_that_it_is_gone(self) -> None:
         volume = self.cinder.create()
         self.driver.delete_volume(volume)
         self.agent('c').is_down = True
+        with self.refused('node-c', 'does not answer', volume.id):
+            self.driver.delete_volume(volume)
+        self.make_driver(dmlocal_dead_nodes=['node-c']).delete_volume(volume)
+        self.agent('c').is_down = False
         self.driver.delete_volume(volume)
+
+    def test_a_volume_that_a_silent_node_has_unknown_to_cinder_is_not_forgotten(self) -> None:
+        volume = self.cinder.create('node-c')
+        volume.host = f'{SERVICE}#node-a'
+        self.agent('c').volumes[volume.id].data = ['data']
+        for letter in 'bc':
+            self.agent(letter).is_down = True
+        with self.refused('node-b, node-c'):
+            self.driver.delete_volume(volume)
+        for letter in 'bc':
+            self.agent(letter).is_down = False
+        self.driver.delete_volume(volume)
+        self.assert_where(volume)
 
     def test_a_volume_on_a_silent_node_is_not_forgotten(self) -> None:
         volume = self.cinder.create()
         self.agent('a').is_down = True
         with self.refused('node-a', 'does not answer'):
+            self.driver.delete_volume(volume)
+
+    def test_a_volume_of_which_its_node_says_nothing_is_not_forgotten(self) -> None:
+        volume = self.cinder.create()
+        self.agent('a').says_refused['Volumes.Get'] = Refusal('INTERNAL', 'INTERNAL')
+        with self.refused('node-a', 'INTERNAL'):
             self.driver.delete_volume(volume)
 
     def test_a_volume_on_a_node_that_is_declared_dead_is_deleted(self) -> None:
@@ -347,6 +374,28 @@ class Copies(DriverTestCase):
         self.take()
         self.assertEqual('node-b', self.snapshot.provider_location)
         self.assertEqual(['one', 'two'], self.agent('b').snapshots[self.snapshot.id].data)
+
+    def test_a_snapshot_that_may_be_on_a_silent_node_is_not_forgotten(self) -> None:
+        self.cinder.attach(self.volume, 'node-b')
+        self.agent('b').loses_answer.add('Snapshots.Create')
+        with self.refused('does not answer'):
+            self.take()
+        # Cinder believes the volume where it was when the snapshot was asked for.
+        self.volume.host = f'{SERVICE}#node-a'
+        self.agent('b').is_down = True
+        with self.refused('node-b', 'does not answer', self.snapshot.id):
+            self.driver.delete_snapshot(self.snapshot)
+        self.make_driver(dmlocal_dead_nodes=['node-b']).delete_snapshot(self.snapshot)
+        self.agent('b').is_down = False
+        self.agent('b').loses_answer.clear()
+        self.driver.delete_snapshot(self.snapshot)
+        self.assertEqual({}, self.agent('b').snapshots)
+
+    def test_a_snapshot_that_is_gone_is_deleted_although_another_node_is_silent(self) -> None:
+        self.take()
+        self.agent('c').is_down = True
+        for _ in range(2):
+            self.driver.delete_snapshot(self.snapshot)
 
     def test_a_snapshot_that_cannot_be_deleted_yet_stays_as_it_was(self) -> None:
         self.take()
