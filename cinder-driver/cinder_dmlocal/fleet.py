@@ -8,6 +8,7 @@ it was found under. Every call has a deadline.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -23,6 +24,10 @@ from cinder_dmlocal.wire import dmlocal_pb2_grpc as pb_grpc
 LOG = logging.getLogger(__name__)
 
 T = TypeVar('T')
+
+# Calls to one node at the same time. Where threads are green all calls share native ones, 20
+# by default: a node that says nothing must leave the others enough of them.
+_TURNS = 4
 
 # For how many timeouts it is believed that nodes answer, and how many are asked then.
 _FRESH, _FEW = 3, 8
@@ -41,6 +46,8 @@ class Node:
         # The agent's pool that is used; empty stands for its first.
         self.pool = settings.pool
         self._settings = settings
+        # Cinder's own threads wait for it, so it is of their kind.
+        self._turns = threading.Semaphore(_TURNS)
         self._channel = grpc.secure_channel(
             endpoint,
             credentials,
@@ -70,17 +77,24 @@ class Node:
 
     def look(self, method: Callable[..., T], request: Any) -> T:
         """Asks for what the agent knows. Raises errors.AgentError."""
-        return native.natively(lambda: self.blocking(method, request))
+        return self._in_turn(method, request, self._settings.look_timeout)
 
     def call(self, method: Callable[..., T], request: Any) -> T:
         """Has the agent do something. Raises errors.AgentError."""
-        timeout = self._settings.call_timeout
-        return native.natively(lambda: self.blocking(method, request, timeout))
+        return self._in_turn(method, request, self._settings.call_timeout)
+
+    def _in_turn(self, method: Callable[..., T], request: Any, timeout: float) -> T:
+        if not self._turns.acquire(timeout=timeout):
+            raise errors.Unreachable(self.name, 'too many calls wait for it')
+        try:
+            return native.natively(lambda: self.blocking(method, request, timeout))
+        finally:
+            self._turns.release()
 
     def blocking(
         self, method: Callable[..., T], request: Any, timeout: float | None = None
     ) -> T:
-        """The same in a thread that may block. Raises errors.AgentError."""
+        """The same at once, in a thread that may block. Raises errors.AgentError."""
         if self.is_dead:
             raise errors.Unreachable(self.name, 'it was declared dead')
         try:
@@ -164,7 +178,7 @@ class Fleet:
     def _ask(
         self, nodes: list[Node], method: Callable[[Node], Callable[..., Any]], request: Any
     ) -> Answers:
-        threading = native.threading()
+        thread_of = native.threading().Thread
         given: dict[str, Any] = {}
         failed: dict[str, errors.AgentError] = {}
         waiting = list(reversed(nodes))
@@ -182,7 +196,7 @@ class Fleet:
                     failed[node.name] = error
 
         count = min(len(nodes), self._settings.at_once)
-        workers = [threading.Thread(target=worker, daemon=True) for _ in range(count)]
+        workers = [thread_of(target=worker, daemon=True) for _ in range(count)]
         for thread in workers:
             thread.start()
         for thread in workers:

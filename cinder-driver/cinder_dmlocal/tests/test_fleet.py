@@ -242,19 +242,50 @@ class Deadlines(DriverTestCase):
 
 
 class Native(DriverTestCase):
-    def test_calls_to_one_node_meet_without_harm_where_threads_are_green(self) -> None:
+    def green(self, what: str) -> str:
+        """What a process says whose threads eventlet has made green."""
         with tempfile.TemporaryDirectory() as folder:
             write_certificates(self.fleet, folder)
             program = [sys.executable, '-m', 'cinder_dmlocal.tests.green', folder]
             done = subprocess.run(
-                [*program, self.fleet.endpoints['node-a']],
+                [*program, self.fleet.endpoints['node-a'], what],
                 cwd=pathlib.Path(__file__).parents[2],
                 capture_output=True,
                 text=True,
                 timeout=60,
                 check=False,
             )
-        self.assertEqual((0, '4800\n'), (done.returncode, done.stdout), done.stderr)
+        self.assertEqual(0, done.returncode, done.stderr)
+        return done.stdout.strip()
+
+    def test_calls_to_one_node_meet_without_harm_where_threads_are_green(self) -> None:
+        self.assertEqual('4800', self.green('meet'))
+
+    def test_a_silent_node_keeps_no_other_waiting_where_threads_are_green(self) -> None:
+        self.assertEqual('answered', self.green('silence'))
+
+    def test_more_calls_than_a_node_may_have_wait_for_their_turn(self) -> None:
+        nodes = self.make_driver(dmlocal_look_timeout=0.5).fleet
+        node = nodes['node-a']
+        begun = threading.Barrier(5)
+        ends = threading.Event()
+
+        def method(request: Any, timeout: float) -> None:
+            begun.wait(10)
+            ends.wait(10)
+
+        with futures.ThreadPoolExecutor(4) as callers:
+            calls = [callers.submit(node.look, method, None) for _ in range(4)]
+            begun.wait(10)
+            with self.refused('node-a does not answer', 'too many calls'):
+                node.look(node.nodes.GetNode, pb.GetNodeRequest())
+            # What asks the whole fleet waits for nobody.
+            asked = nodes.ask(lambda n: n.nodes.GetNode, pb.GetNodeRequest())
+            self.assertIn('node-a', asked.given)
+            ends.set()
+            for call in calls:
+                call.result()
+        node.look(node.nodes.GetNode, pb.GetNodeRequest())
 
     def test_questions_to_many_are_asked_at_the_same_time(self) -> None:
         # Nobody is answered before all have been asked.
