@@ -37,13 +37,15 @@ class Known:
     """What Cinder knows of a volume.
 
     `hosts` has the host of each attachment that has one, so a host may be there twice.
-    Unless it `was_made` its creation has failed, or has not ended yet.
+    Unless it `was_made` its creation has failed, or has not ended yet. While Cinder makes
+    an image of it, it `is_uploaded`, whether or not an instance uses it as well.
     """
 
     id: str
     home: str
     hosts: tuple[str, ...] = ()
     was_made: bool = False
+    is_uploaded: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

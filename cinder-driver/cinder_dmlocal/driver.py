@@ -219,7 +219,7 @@ class DmLocalDriver(driver.VolumeDriver):
         Without a connector, from every host that an attachment names.
         """
         known = rows.known(volume)
-        is_upload = volume.status == 'uploading' and kwargs.get('force')
+        is_upload = known.is_uploaded and kwargs.get('force')
         if connector and is_upload and rows.named(connector) in known.hosts:
             # Cinder's own visit ends, on the host of an instance that keeps the device.
             return

@@ -58,6 +58,7 @@ def known(volume: Any) -> Known:
         home(volume),
         tuple(host for host in hosts if host),
         was_made=volume.launched_at is not None,
+        is_uploaded=volume.status == 'uploading',
     )
 
 

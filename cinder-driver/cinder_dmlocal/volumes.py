@@ -363,14 +363,16 @@ class Volumes:
         """The node that has the volume does not use it any more.
 
         If another node holds it that Cinder has an attachment on, the guest has gone
-        there: that its device is closed here is the proof.
+        there: that its device is closed here is the proof. Where Cinder itself reads it
+        for an image, that visit goes on, and gives the volume up when it ends.
         """
         home = here.home
         here = self._close(here)
         if not here.is_offered:
             return Placed(home)
         if here.volume.peer_node not in others:
-            return Placed(self._settle(found, here).home)
+            is_visited = found.known.is_uploaded
+            return Placed(home if is_visited else self._settle(found, here).home)
         heir = found.copies.get(here.volume.peer_node)
         if heir is None:
             LOG.warning('Volume %s stays held: %s', here.volume.id, found.failed)

@@ -122,6 +122,52 @@ class OwnHost(DriverTestCase):
         self.agent('a').open(self.volume.id)
 
 
+class OtherHost(DriverTestCase):
+    """cinder-volume runs elsewhere, and makes an image while the guest ends."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.volume = self.cinder.create()
+        self.row = self.cinder.attach(self.volume, 'node-a', 'vm')
+        self.agent('a').open(self.volume.id)
+        self.agent('a').write(self.volume.id, 'first')
+
+    def visit(self) -> None:
+        self.volume.status = 'uploading'
+        self.driver.initialize_connection(self.volume, {'host': 'node-c'})
+        self.agent('c').open(self.volume.id)
+
+    def end_guest(self) -> None:
+        self.agent('a').shut(self.volume.id)
+        self.cinder.delete_attachment(self.volume, self.row)
+
+    def test_the_visit_goes_on_and_the_volume_stays_at_home(self) -> None:
+        self.visit()
+        self.end_guest()
+        self.volume.status = 'uploading'
+        self.assertFalse(self.agent('a').volumes[self.volume.id].attached)
+        self.assert_where(self.volume, a='PUBLISHED', c='HELD')
+        self.assert_home(self.volume, 'a')
+        self.agent('c').shut(self.volume.id)
+        self.driver.terminate_connection(self.volume, {'host': 'node-c'}, force=True)
+        self.assert_where(self.volume, a='LOCAL')
+        self.assert_home(self.volume, 'a')
+
+    def test_a_guest_that_still_runs_keeps_its_device(self) -> None:
+        self.visit()
+        with self.refused('in use', 'node-a'):
+            self.cinder.delete_attachment(self.volume, self.row)
+
+    def test_a_guest_elsewhere_that_nova_has_forgotten_is_no_visit(self) -> None:
+        row = self.cinder.create_attachment(self.volume, 'vm', 'node-c')
+        self.agent('c').open(self.volume.id)
+        self.cinder.complete(self.volume, row)
+        self.volume.volume_attachment.remove(row)
+        with self.refused('in use', 'node-c'):
+            self.end_guest()
+        self.assertTrue(self.agent('c').write(self.volume.id, 'second'))
+
+
 class Elsewhere(DriverTestCase):
     """What is where this service does not look for it."""
 
