@@ -149,10 +149,11 @@ class Found:
         """The same.
 
         Raises errors.Lost, errors.NotFound, or what the node that should have it has
-        answered, if there is none.
+        answered, if there is none; and errors.Unreachable if there may be a later one.
         """
         owner = self.owner
         if owner is not None:
+            self._must_be_the_last(owner)
             return owner
         for name in self._likely():
             if name and name not in self.fleet:
@@ -164,6 +165,19 @@ class Found:
                 raise errors.Lost(what=f'Volume {self.known.id}', node=name)
             raise error
         raise errors.NotFound(f'volume {self.known.id}', self.failed)
+
+    def _must_be_the_last(self, owner: Copy) -> None:
+        """Raises errors.Unreachable if the volume's home is silent and may have a later copy.
+
+        A copy that has never been handed over is elsewhere only if the volume has left it,
+        or somebody has brought it back.
+        """
+        home = self.known.home
+        error = self.failed.get(home)
+        if owner.volume.generation > 1 or not isinstance(error, errors.Unreachable):
+            return
+        if not self.fleet[home].is_dead:
+            raise error
 
     def _likely(self) -> list[str]:
         """Nodes that should have the volume, the likeliest first."""

@@ -12,7 +12,7 @@ from cinder_dmlocal.tests.base import (
     Snapshot,
     Volume,
 )
-from cinder_dmlocal.tests.fake import GIB, Refusal
+from cinder_dmlocal.tests.fake import GIB, Refusal, Vol
 
 
 class Onward(DriverTestCase):
@@ -209,6 +209,24 @@ class Elsewhere(DriverTestCase):
                 else:
                     self.driver.delete_volume(volume)
                     self.assert_where(volume)
+
+    def test_what_was_brought_back_is_not_taken_for_a_volume_that_has_left(self) -> None:
+        volume = self.cinder.create()
+        self.cinder.delete_attachment(volume, self.cinder.attach(volume, 'node-b'))
+        self.agent('b').arrive(volume.id)
+        self.agent('b').is_down = True
+        old = Vol(volume.id, GIB, data=['old'])
+        self.agent('a').volumes[volume.id] = old
+        with self.refused('node-b', 'does not answer'):
+            self.cinder.attach(volume, 'node-a', 'vm')
+        self.assertFalse(old.attached)
+        with self.refused('node-b', 'does not answer'):
+            self.driver.delete_volume(volume)
+        # An attachment there that has to go is no obstacle.
+        self.driver.terminate_connection(volume, {'host': 'node-a'})
+        self.cinder.driver = self.make_driver(dmlocal_dead_nodes=['node-b'])
+        self.cinder.attach(volume, 'node-a', 'vm')
+        self.assertTrue(old.attached)
 
     def test_what_a_copy_of_a_cached_image_left_is_in_nobodys_way(self) -> None:
         origin = self.cinder.create()
