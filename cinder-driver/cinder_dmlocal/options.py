@@ -17,7 +17,7 @@ OPTIONS: list[cfg.Opt] = [
         help=(
             'Names of the nodes of the fleet, as Nova reports its hosts. Each node is a '
             'pool of this backend. [001-500] in a name stands for a range of numbers of '
-            'that width: node-[001-500].'
+            'that width: node-[001-500]. A name has one range at most.'
         ),
     ),
     cfg.StrOpt(
@@ -103,13 +103,21 @@ def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
 
 
 def expand(names: Sequence[str]) -> Iterator[str]:
-    """The names, each range among them written out."""
+    """The names, each range among them written out.
+
+    Raises ValueError for a range that stands for nothing, and for brackets that are none.
+    """
     for name in names:
         match = _RANGE.match(name)
+        rest = name if match is None else match['before'] + match['after']
+        if '[' in rest or ']' in rest:
+            raise ValueError(f'dmlocal_nodes: {name} is not a name with one range at most')
         if match is None:
             yield name
             continue
         first, last = match['first'], match['last']
+        if int(first) > int(last):
+            raise ValueError(f'dmlocal_nodes: the range of {name} stands for no number')
         for number in range(int(first), int(last) + 1):
             yield f'{match["before"]}{number:0{len(first)}}{match["after"]}'
 
@@ -136,8 +144,8 @@ class Settings:
     def read(cls, configuration: Any) -> Settings:
         """Reads a backend's section.
 
-        Raises ValueError if it names no node, or one twice, and OSError if a file of
-        the certificates cannot be read.
+        Raises ValueError if it names no node, or one twice, or in a way that `expand`
+        does not know, and OSError if a file of the certificates cannot be read.
         """
         names = list(expand(configuration.dmlocal_nodes))
         if not names:

@@ -50,6 +50,11 @@ class Configuration(DriverTestCase):
         for values in (
             {'dmlocal_nodes': []},
             {'dmlocal_nodes': ['a', 'a']},
+            {'dmlocal_nodes': ['a', 'n-[5-1]']},
+            {'dmlocal_nodes': ['n-[1-2]-r[1-2]']},
+            # As oslo.config gives n-[1,3-5].
+            {'dmlocal_nodes': ['n-[1', '3-5]']},
+            {'dmlocal_nodes': ['n-[1]']},
             {'dmlocal_nodes': ['a'], 'dmlocal_dead_nodes': ['b']},
             {'dmlocal_nodes': ['a'], 'dmlocal_ca': '/nowhere'},
         ):
