@@ -11,9 +11,13 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from oslo_log import log as logging
+
 from cinder_dmlocal import errors
 from cinder_dmlocal.fleet import Fleet, Node
 from cinder_dmlocal.wire import dmlocal_pb2 as pb
+
+LOG = logging.getLogger(__name__)
 
 T = TypeVar('T')
 
@@ -190,16 +194,53 @@ def find(fleet: Fleet, known: Known, first: str | None = None) -> Found:
     """Looks for a volume's copies: on the node `first`, then where Cinder believes it.
 
     What a copy says of other nodes is followed. Only where none of these has the volume,
-    and the node that should have it has answered, is everybody asked. Nodes that do not
-    answer are noted, not raised.
+    and the node that should have it has answered or is declared dead, is everybody asked.
+    Nodes that do not answer are noted, not raised. What a dead node used over the network
+    is taken back from it.
     """
+    found = _look(fleet, known, first)
+    return _look(fleet, known, first) if found.owner is None and _take_back(found) else found
+
+
+def _look(fleet: Fleet, known: Known, first: str | None) -> Found:
     found = Found(fleet, known)
     _follow(found, [known.home] if first is None else [first, known.home])
     if found.owner is None:
         _follow(found, known.hosts)
-    if found.owner is None and _is_absent(found.failed.get(known.home)):
+    is_dead = known.home in fleet and fleet[known.home].is_dead
+    if found.owner is None and (is_dead or _is_absent(found.failed.get(known.home))):
         _ask_the_rest(found)
     return found
+
+
+def _take_back(found: Found) -> bool:
+    """Whether the volume was taken back where its data is.
+
+    Where the dead node had a copy, which would be a later one, the agent refuses.
+    """
+    for copy in found.copies.values():
+        peer = copy.volume.peer_node
+        if not copy.is_fenced or peer not in found.fleet or not found.fleet[peer].is_dead:
+            continue
+        request = pb.ReclaimRequest(
+            volume_id=copy.volume.id,
+            grant_id=copy.volume.grant_id,
+            incarnation=copy.volume.incarnation,
+            generation=copy.volume.generation,
+        )
+        try:
+            copy.node.call(copy.node.moves.Reclaim, request)
+        except errors.AgentError as error:
+            LOG.info('Volume %s: %s', copy.volume.id, error.msg)
+            continue
+        LOG.warning(
+            'Volume %s is taken back on %s from %s, which is declared dead.',
+            copy.volume.id,
+            copy.node.name,
+            peer,
+        )
+        return True
+    return False
 
 
 def where_written(fleet: Fleet, known: Known, act: Callable[[Copy], T]) -> tuple[Copy, T]:

@@ -249,7 +249,13 @@ class DmLocalDriver(driver.VolumeDriver):
     @_of_snapshot
     def create_snapshot(self, snapshot: Any) -> dict[str, Any]:
         """Takes a snapshot where the volume is written."""
-        node = self._snapshots.create(rows.known_snapshot(snapshot))
+        try:
+            node = self._snapshots.create(rows.known_snapshot(snapshot))
+        except errors.Unreachable as unheard:
+            # It may be there all the same, and is deleted there.
+            snapshot.update({'provider_location': unheard.node})
+            snapshot.save()
+            raise
         self._follow(snapshot.volume, Placed(node.name))
         return {'provider_location': node.name}
 

@@ -25,9 +25,10 @@ LOG = logging.getLogger(__name__)
 
 T = TypeVar('T')
 
-# Calls to one node at the same time. Where threads are green all calls share native ones, 20
-# by default: a node that says nothing must leave the others enough of them.
-_TURNS = 4
+# Looks and calls at one node at the same time. Where threads are green all share native ones,
+# 20 by default: a node that says nothing must leave the others enough of them. Calls come
+# after looks, so that only a node that falls silent in between has its share of both.
+_LOOKS, _CALLS = 4, 8
 
 # For how many timeouts it is believed that nodes answer, and how many are asked then.
 _FRESH, _FEW = 3, 8
@@ -46,8 +47,9 @@ class Node:
         # The agent's pool that is used; empty stands for its first.
         self.pool = settings.pool
         self._settings = settings
-        # Cinder's own threads wait for it, so it is of their kind.
-        self._turns = threading.Semaphore(_TURNS)
+        # Cinder's own threads wait for these, so they are of their kind.
+        self._looks = threading.Semaphore(_LOOKS)
+        self._calls = threading.Semaphore(_CALLS)
         self._channel = grpc.secure_channel(
             endpoint,
             credentials,
@@ -77,19 +79,27 @@ class Node:
 
     def look(self, method: Callable[..., T], request: Any) -> T:
         """Asks for what the agent knows. Raises errors.AgentError."""
-        return self._in_turn(method, request, self._settings.look_timeout)
+        timeout = self._settings.look_timeout
+        return self._in_turn(self._looks, method, request, timeout)
 
     def call(self, method: Callable[..., T], request: Any) -> T:
         """Has the agent do something. Raises errors.AgentError."""
-        return self._in_turn(method, request, self._settings.call_timeout)
+        timeout = self._settings.call_timeout
+        return self._in_turn(self._calls, method, request, timeout)
 
-    def _in_turn(self, method: Callable[..., T], request: Any, timeout: float) -> T:
-        if not self._turns.acquire(timeout=timeout):
+    def _in_turn(
+        self,
+        turns: threading.Semaphore,
+        method: Callable[..., T],
+        request: Any,
+        timeout: float,
+    ) -> T:
+        if not turns.acquire(timeout=timeout):
             raise errors.Unreachable(self.name, 'too many calls wait for it')
         try:
             return native.natively(lambda: self.blocking(method, request, timeout))
         finally:
-            self._turns.release()
+            turns.release()
 
     def blocking(
         self, method: Callable[..., T], request: Any, timeout: float | None = None

@@ -63,7 +63,7 @@ class Snapshots:
             except errors.Refused as refusal:
                 if refusal.reason != 'SNAPSHOT_NOT_FOUND':
                     raise
-        # Where it was taken is not known if the answer to that was lost.
+        # Nobody is known to have been asked for one that was refused.
         at = known.at or known.volume.home
         if at and at not in self._fleet:
             raise errors.Unreachable(at, errors.STRANGER)
@@ -91,15 +91,10 @@ class Snapshots:
         return self._volumes.where_written(known.volume, take).node
 
     def delete(self, known: KnownSnapshot) -> None:
-        """Deletes a snapshot, as soon as nothing reads it; one that is nowhere is deleted.
-
-        Raises errors.Unreachable if it may be on any node, and one says nothing.
-        """
+        """Deletes a snapshot, as soon as nothing reads it; one that is nowhere is deleted."""
         try:
             taken = self.find(known)
         except (errors.NotFound, errors.Lost) as error:
-            if isinstance(error, errors.NotFound) and not known.at:
-                self._fleet.must_have_answered(error)
             LOG.warning('Snapshot %s is deleted from Cinder only: %s', known.id, error)
             return
         incarnation = taken.snapshot.incarnation

@@ -272,11 +272,15 @@ class Calls:
         self.fleet.disks.resize(vol.file, vol.size)
         self.fleet.disks.no_device(self.name, vol.id)
         if vol.state == 'REMOTE':
-            home = self.fleet.agents[vol.source].volumes[vol.id]
-            home.state, home.grant_id, home.peer = 'LOCAL', '', ''
-            home.generation += 2
+            self.fleet.agents[vol.source].come_home(vol.id)
             self.drop(vol.id)
         return self.show(vol)
+
+    def come_home(self, volume_id: str) -> None:
+        """What was used elsewhere and is all here is the volume again."""
+        vol = self.volumes[volume_id]
+        vol.state, vol.grant_id, vol.peer = 'LOCAL', '', ''
+        vol.generation += 2
 
     def volumes_revert(self, request: Any) -> Any:
         vol = self._vol(request)
@@ -444,6 +448,18 @@ class Calls:
             raise Refusal('GRANT_FENCED')
         self._take_back(vol)
         return pb.RevokeResponse()
+
+    def moves_reclaim(self, request: Any) -> Any:
+        vol = self.volumes.get(request.volume_id)
+        if vol is None or vol.grant_id != request.grant_id:
+            raise Refusal('GRANT_UNKNOWN', 'PERMISSION_DENIED')
+        if request.generation != vol.generation:
+            raise Refusal('GENERATION_STALE')
+        there = self.fleet.agents[vol.peer].volumes.get(vol.id)
+        if there is None or there.state != 'REMOTE':
+            raise Refusal('GRANT_FENCED')
+        self.come_home(vol.id)
+        return pb.ReclaimResponse()
 
     def _take_back(self, vol: Vol) -> Any:
         if vol.passing:

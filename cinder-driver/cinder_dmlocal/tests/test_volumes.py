@@ -380,10 +380,11 @@ class Copies(DriverTestCase):
         self.agent('b').loses_answer.add('Snapshots.Create')
         with self.refused('does not answer'):
             self.take()
+        self.assertEqual('node-b', self.snapshot.provider_location)
         # Cinder believes the volume where it was when the snapshot was asked for.
         self.volume.host = f'{SERVICE}#node-a'
         self.agent('b').is_down = True
-        with self.refused('node-b', 'does not answer', self.snapshot.id):
+        with self.refused('node-b', 'does not answer'):
             self.driver.delete_snapshot(self.snapshot)
         self.make_driver(dmlocal_dead_nodes=['node-b']).delete_snapshot(self.snapshot)
         self.agent('b').is_down = False
@@ -396,6 +397,13 @@ class Copies(DriverTestCase):
         self.agent('c').is_down = True
         for _ in range(2):
             self.driver.delete_snapshot(self.snapshot)
+
+    def test_a_snapshot_that_was_refused_is_deleted_although_a_node_is_silent(self) -> None:
+        self.agent('a').says_refused['Snapshots.Create'] = Refusal('NO_ROOM')
+        with self.refused('NO_ROOM'):
+            self.take()
+        self.agent('c').is_down = True
+        self.driver.delete_snapshot(self.snapshot)
 
     def test_a_snapshot_that_cannot_be_deleted_yet_stays_as_it_was(self) -> None:
         self.take()
