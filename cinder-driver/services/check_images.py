@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import uuid
 
 from services import contents
 from services.cloud import CONTROLLER, FilesTestCase
@@ -78,6 +79,36 @@ class Images(ImageTestCase):
         convert = ['qemu-img', 'convert', '-f', form, '-O', 'raw', str(path), str(raw)]
         subprocess.run(convert, check=True)
         contents.assert_reads(raw, self.content, 1 << 30)
+
+
+class Reimage(ImageTestCase):
+    """A volume that is there is given what an image holds, in place of what it held."""
+
+    def test_a_volume_that_has_moved_is_given_an_image_where_it_is(self) -> None:
+        volume = self.create('node-a')
+        for form in ('raw', 'qcow2'):
+            with self.subTest(form):
+                self.write(volume, self.file('one'), 'node-b')
+                self.reimage(volume, self.upload(form))
+                self.assertEqual({'node-b': 'LOCAL'}, self.fleet.where(volume))
+                self.assert_content(volume, self.content, 'node-b')
+        self.delete(volume)
+
+    def test_a_volume_that_an_instance_keeps_while_it_is_rebuilt(self) -> None:
+        volume = self.written('one')
+        kept = {'volume_uuid': volume, 'instance_uuid': str(uuid.uuid4())}
+        made = self.block.call('POST', '/attachments', {'attachment': kept})['attachment']
+        self.block.wait(volume, 'reserved')
+        self.reimage(volume, self.upload(), 'reserved')
+        self.assertEqual({'node-a': 'LOCAL'}, self.fleet.where(volume))
+        self.block.detach(made['id'])
+        self.assert_content(volume, self.content, 'node-a')
+        self.delete(volume)
+
+    def reimage(self, volume: str, image: str, status: str = 'available') -> None:
+        what = {'image_id': image, 'reimage_reserved': status == 'reserved'}
+        self.block.act(volume, os_reimage=what)
+        self.block.wait(volume, status)
 
 
 class Cache(ImageTestCase):
