@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cinder import exception
+from cinder import exception, objects
 from cinder.volume import volume_utils
 
 from cinder_dmlocal.copies import Known
@@ -86,7 +86,16 @@ def must_not_be_shared(volume: Any) -> None:
 
 
 def must_be_one_instance(volume: Any) -> None:
-    """Raises InvalidVolume if attachments are of several instances."""
-    instances = {a.instance_uuid for a in volume.volume_attachment if a.instance_uuid}
+    """Raises InvalidVolume if attachments are of several instances.
+
+    Cinder itself sees to that, but for volumes that it calls shared: also after a retype
+    to such a type was refused. An attachment that is made with its connector has its row
+    already then, but not in the list that comes with the volume.
+    """
+    attachments = volume.volume_attachment
+    if volume.multiattach:
+        every = objects.VolumeAttachmentList.get_all_by_volume_id
+        attachments = every(volume._context, volume.id)
+    instances = {a.instance_uuid for a in attachments if a.instance_uuid}
     if len(instances) > 1:
         raise exception.InvalidVolume(reason=NOT_SHARED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 from cinder_dmlocal.tests.fake import Refusal
 from services.clients import Refused
@@ -43,6 +44,45 @@ class Messages(FilesTestCase):
         self.block.wait(volume, 'error')
         self.assertIn('Could not find any available weighted backend', self.text(volume))
         self.delete(volume)
+
+    def test_a_volume_for_several_instances(self) -> None:
+        what = {'volume': {'size': 1, 'volume_type': self.shared_type()}}
+        volume = str(self.block.call('POST', '/volumes', what)['volume']['id'])
+        self.block.wait(volume, 'error')
+        self.assertIn('Could not find any available weighted backend', self.text(volume))
+        self.delete(volume)
+
+    def test_a_volume_that_several_instances_are_to_share_from_now_on(self) -> None:
+        volume = self.written('one')
+        row = self.retype(volume, self.shared_type())
+        # Cinder keeps the type, and takes the volume for one of the other all the same.
+        self.assertEqual(('node-a', True), (row['volume_type'], row['multiattach']))
+        with self.attached(volume, 'node-a'):
+            [first] = self.block.attachments(volume)
+            for node in ('node-a', 'node-b'):
+                with self.subTest(node):
+                    with self.assertRaises(Refused) as caught:
+                        self.block.attach(volume, str(uuid.uuid4()), node)
+                    self.assertIn('does not support multiattach', caught.exception.text)
+                for one in self.block.attachments(volume):
+                    if one['id'] != first['id']:
+                        self.block.detach(one['id'])
+            self.assertEqual({'node-a': 'LOCAL'}, self.fleet.where(volume))
+        self.assertFalse(self.retype(volume, 'local')['multiattach'])
+        self.assert_content(volume, self.file('one'), 'node-b')
+        self.delete(volume)
+
+    def retype(self, volume: str, kind: str) -> dict[str, Any]:
+        """Has a type changed; gives the volume when Cinder has done what it does."""
+        what = {'new_type': kind, 'migration_policy': 'on-demand'}
+        self.block.act(volume, os_retype=what)
+        return self.block.wait(volume, 'available')
+
+    def shared_type(self) -> str:
+        """A volume type for several instances, which goes when the test is over."""
+        kind = self.cloud.add_type('shared', {'multiattach': '<is> True'})
+        self.addCleanup(self.block.call, 'DELETE', f'/types/{kind}')
+        return kind
 
     def test_growth_for_which_there_is_no_room(self) -> None:
         volume = self.written('one')

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 from unittest import mock
 
-from cinder import context, exception
+from cinder import context, exception, objects
 from cinder.message import message_field
 
 from cinder_dmlocal import messages
-from cinder_dmlocal.tests.base import SERVICE, DriverTestCase, Volume
+from cinder_dmlocal.tests.base import SERVICE, Attachment, DriverTestCase, Volume
 from cinder_dmlocal.tests.fake import Refusal, Vol
 
 
@@ -149,6 +149,19 @@ class OneNode(DriverTestCase):
         other = self.cinder.reserve(volume, 'vm-2')
         with self.refused('multiattach'):
             self.cinder.connect(volume, other, 'node-b')
+        self.assert_where(volume, a='LOCAL')
+
+    def test_another_instance_is_refused_that_cinder_would_let_share(self) -> None:
+        volume = self.cinder.create()
+        attached = self.cinder.attach(volume, 'node-a', 'vm-1')
+        # What a retype that was refused leaves.
+        volume.multiattach = True
+        rows = [attached, Attachment('vm-2')]
+        known = mock.patch.object(
+            objects.VolumeAttachmentList, 'get_all_by_volume_id', lambda *_: rows
+        )
+        with known, self.refused('multiattach'):
+            self.cinder.create_attachment(volume, 'vm-2', 'node-a')
         self.assert_where(volume, a='LOCAL')
 
     def test_a_dead_agent_is_told_of_at_once(self) -> None:
