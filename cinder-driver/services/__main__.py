@@ -16,6 +16,7 @@ CHECKS = (
     'nova',
     'images',
     'copies',
+    'encryption',
     'moves',
     'backups',
     'managed',

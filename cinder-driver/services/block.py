@@ -159,11 +159,17 @@ def _make_root(folder: pathlib.Path) -> None:
     """Stands in for sudo, which root does not need, and for what it would be asked to run.
 
     Cinder says `sudo cinder-rootwrap CONF COMMAND…`. What rootwrap allows is Cinder's
-    affair, and its script knows only where this environment was made.
+    affair, and its script knows only where this environment was made. Nothing is encrypted
+    with the kernel of whoever tests.
     """
     folder.mkdir(exist_ok=True)
     helper = f'exec {sys.executable} -c "from oslo_privsep import daemon; daemon.helper_main()"'
-    for name, command in (('sudo', 'shift 2; exec "$@"'), ('privsep-helper', f'{helper} "$@"')):
+    commands = {
+        'sudo': 'shift 2; exec "$@"',
+        'privsep-helper': f'{helper} "$@"',
+        'cryptsetup': 'exit 1',
+    }
+    for name, command in commands.items():
         path = folder / name
         path.write_text(f'#!/bin/sh\n{command}\n')
         path.chmod(0o755)
