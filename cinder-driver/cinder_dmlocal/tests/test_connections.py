@@ -10,7 +10,7 @@ from cinder import context, exception, objects
 from cinder.message import message_field
 
 from cinder_dmlocal import messages
-from cinder_dmlocal.tests.base import SERVICE, Attachment, DriverTestCase, Volume
+from cinder_dmlocal.tests.base import Attachment, DriverTestCase, Volume
 from cinder_dmlocal.tests.fake import Refusal, Vol
 
 
@@ -417,39 +417,6 @@ class Controller(DriverTestCase):
         self.volume.status = 'available'
         self.cinder.attach(self.volume, 'node-c')
         self.assert_where(self.volume, a='FENCED', c='HYDRATING')
-
-    def test_a_controller_that_is_lost_gives_back_what_it_visited(self) -> None:
-        connector = {'host': 'node-b'}
-        self.driver.initialize_connection(self.volume, connector)
-        self.agent('b').write(self.volume.id, 'image')
-        self.agent('b').is_down = True
-        self.volume.status = 'available'
-        with self.refused('node-b does not answer'):
-            self.driver.initialize_connection(self.volume, {'host': 'node-a'})
-        self.driver = self.make_driver(dmlocal_dead_nodes=['node-b'])
-        self.cinder.driver = self.driver
-        self.cinder.attach(self.volume, 'node-a')
-        self.assertEqual('LOCAL', self.agent('a').volumes[self.volume.id].state)
-        self.assertEqual(['image'], self.agent('a').volumes[self.volume.id].data)
-
-    def test_what_has_left_a_lost_node_unheard_is_found(self) -> None:
-        self.volume.status = 'available'
-        self.cinder.attach(self.volume, 'node-b')
-        self.agent('b').arrive(self.volume.id)
-        self.volume.host = f'{SERVICE}#node-a'
-        self.agent('a').is_down = True
-        driver = self.make_driver(dmlocal_dead_nodes=['node-a'])
-        driver.initialize_connection(self.volume, {'host': 'node-c'})
-        self.assert_where(self.volume, b='FENCED', c='HYDRATING')
-
-    def test_what_a_lost_node_has_a_copy_of_is_not_taken_back(self) -> None:
-        self.volume.status = 'available'
-        self.cinder.attach(self.volume, 'node-b')
-        self.agent('b').is_down = True
-        driver = self.make_driver(dmlocal_dead_nodes=['node-b'])
-        with self.refused('lost'):
-            driver.initialize_connection(self.volume, {'host': 'node-a'})
-        self.assert_where(self.volume, a='FENCED', b='HYDRATING')
 
 
 class Messages(DriverTestCase):
