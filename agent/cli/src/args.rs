@@ -226,8 +226,7 @@ pub(crate) enum VolumeCommand {
         #[arg(long, default_value = "", hide_default_value = true)]
         pool: String,
     },
-    /// The guest has moved: fence the source and start copying; ask the
-    /// destination
+    /// The guest has moved: fence the source, start copying; ask the destination
     Switch {
         /// The volume
         #[command(flatten)]
@@ -247,8 +246,7 @@ pub(crate) enum VolumeCommand {
     },
     /// Give a held move up; ask the destination
     Abort(Which),
-    /// Give up a source that is lost for ever, with what was only there; ask the
-    /// destination
+    /// Give up a source that is lost, with what was only there; ask the destination
     ForgetSource {
         /// The volume
         #[command(flatten)]
@@ -257,13 +255,11 @@ pub(crate) enum VolumeCommand {
         #[arg(long, required = true)]
         i_accept_data_loss: bool,
     },
-    /// Take a volume back whose user on another node is gone for ever; ask the node that
-    /// has its data
+    /// Take a remote volume back from a node that is lost; ask the node that has its data
     Reclaim {
         /// The volume
-        #[command(flatten)]
-        which: Which,
-        /// The node that used it, which is gone: whatever still runs there gets errors
+        id: String,
+        /// The node that used it: whatever still runs there gets errors
         #[arg(long, value_name = "NODE")]
         from: String,
     },
@@ -347,8 +343,7 @@ pub(crate) enum NodeCommand {
 /// `hook …`
 #[derive(Debug, Subcommand)]
 pub(crate) enum HookCommand {
-    /// As libvirt calls /etc/libvirt/hooks/qemu, with the domain's XML on standard
-    /// input
+    /// As libvirt calls its hook for QEMU, with the domain's XML on standard input
     Libvirt(HookArguments),
 }
 

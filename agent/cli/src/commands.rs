@@ -159,7 +159,7 @@ async fn volume(global: &Global, command: &VolumeCommand) -> Result<(), Failure>
             let volume = agent.ask(agent.volumes().revert(ask)).await?;
             print_volume(global, &volume, row)
         }
-        VolumeCommand::Reclaim { which: Which { id, generation, incarnation }, from } => {
+        VolumeCommand::Reclaim { id, from } => {
             let (agent, id) = to_volume(global, id).await?;
             let get = GetVolumeRequest { id: id.clone() };
             let lent = agent.ask(agent.volumes().get(get.clone())).await?;
@@ -173,8 +173,8 @@ async fn volume(global: &Global, command: &VolumeCommand) -> Result<(), Failure>
             let ask = ReclaimRequest {
                 volume_id: id,
                 grant_id: lent.grant_id.unwrap_or_default(),
-                incarnation: incarnation.clone().unwrap_or(lent.incarnation),
-                generation: generation.unwrap_or(lent.generation),
+                incarnation: lent.incarnation,
+                generation: lent.generation,
             };
             agent.ask(agent.moves().reclaim(ask)).await?;
             let volume = agent.ask(agent.volumes().get(get)).await?;

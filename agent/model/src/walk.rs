@@ -625,12 +625,12 @@ impl Cluster {
     /// Somebody says that whoever uses the volume elsewhere is gone, true or not.
     fn take_back(&mut self, node: usize) -> Result<(), Stop> {
         let records = self.journals[node].copies.values().filter(|record| record.id == self.id);
-        let claims = records.filter_map(|record| {
+        let mut claims = records.filter_map(|record| {
             let grant = record.lent()?.to.grant;
             let (incarnation, generation) = (record.incarnation, record.generation);
             Some(Claim { grant, incarnation, generation, session: 0 })
         });
-        match claims.last() {
+        match claims.next_back() {
             Some(claim) => self.reclaim(node, &claim),
             None => Ok(()),
         }
