@@ -163,11 +163,12 @@ async fn volume(global: &Global, command: &VolumeCommand) -> Result<(), Failure>
             let (agent, id) = to_volume(global, id).await?;
             let get = GetVolumeRequest { id: id.clone() };
             let lent = agent.ask(agent.volumes().get(get.clone())).await?;
-            if lent.peer_node.as_ref() != Some(from) {
-                let text = match lent.peer_node {
-                    None => "no other node uses it".to_owned(),
-                    Some(peer) => format!("not {from} uses it, but {peer}"),
-                };
+            let Some(peer) = lent.peer_node.as_ref() else {
+                // It has come back, if it was ever away.
+                return print_volume(global, &lent, row);
+            };
+            if peer != from {
+                let text = format!("not {from} uses it, but {peer}");
                 return Err(Failure::new(reason::GRANT_UNKNOWN, text).with("id", id));
             }
             let ask = ReclaimRequest {

@@ -334,6 +334,8 @@ impl Record {
                 self.generation = self.generation.next().next();
                 self.attached = false;
                 self.confirmed_in = Some(boot);
+                // Whatever is left there can write nothing any more, also after a boot.
+                self.lent_before = None;
                 self.phase = Phase::Local;
             }
             (Phase::Lent(lent), event) => {

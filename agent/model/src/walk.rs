@@ -1477,6 +1477,22 @@ fn consumers_are_stopped_whose_source_lost_power_under_them() {
 }
 
 #[test]
+fn a_volume_that_was_taken_back_needs_no_word_after_a_reboot() {
+    let mut cluster = Cluster::new();
+    cluster.create(0).unwrap();
+    cluster.attach(0, false).unwrap();
+    cluster.begin_move_to(0, 1, true, true).unwrap();
+    cluster.switch(1, false).unwrap();
+    cluster.write(1, 0);
+    cluster.world.network = false;
+    cluster.take_back(0).unwrap();
+    cluster.power_cut(0);
+    cluster.converge_all(0).unwrap();
+    cluster.attach(0, false).unwrap();
+    cluster.read(0, 0);
+}
+
+#[test]
 fn a_cable_that_was_pulled_stops_nobody() {
     let mut cluster = Cluster::new();
     cluster.create(0).unwrap();

@@ -164,6 +164,8 @@ fn a_volume_is_taken_back_from_the_node_that_is_named() {
     assert_eq!(*log.lock().unwrap(), [""; 0]);
     let taken = run(&endpoint, &[&reclaim[..], &["node-z"]].concat());
     assert_eq!(taken.json()["state"], "local");
+    let again = run(&endpoint, &[&reclaim[..], &["node-z"]].concat());
+    assert_eq!(again.json()["state"], "local");
     assert_eq!(*log.lock().unwrap(), [format!("node-a Reclaim {ID} {OTHER} 4")]);
 }
 

@@ -211,13 +211,15 @@ impl Service {
         claim: &Claim,
         caller: Option<&str>,
     ) -> Result<(), ServiceError> {
-        let (stone, boot) = (self.volumes.tombstone(claim.grant)?, self.volumes.kernel.boot());
-        let over = stone.is_some_and(|stone| stone.volume == id && stone.fate == Fate::Returned);
+        let boot = self.volumes.kernel.boot();
         self.volumes
             .with(self.lent_under(id, claim.grant, claim.generation), async |slot, work| {
                 let open = |record: &Record| {
                     record.lent().is_some_and(|lent| lent.to.grant == claim.grant)
                 };
+                let stone = self.volumes.tombstone(claim.grant)?;
+                let over =
+                    stone.is_some_and(|stone| stone.volume == id && stone.fate == Fate::Returned);
                 if over && !work.record.as_ref().is_some_and(open) {
                     return Ok(());
                 }

@@ -140,6 +140,9 @@ pub fn fence_served(
     claim: &Claim,
     boot: Uuid,
 ) -> Result<Admitted, Refusal> {
+    if lent.stage == LentStage::Reclaiming {
+        return Err(Refusal::GrantReturned(claim.grant));
+    }
     let current = is_current(lent, claim, boot)?;
     match lent.stage {
         LentStage::Serving if current => journal(record, Event::FenceAsked),
@@ -156,12 +159,12 @@ pub fn fence_served(
             }
             journal(&renewed, Event::FenceAsked)
         }
-        LentStage::Reclaiming => Err(Refusal::GrantReturned(claim.grant)),
         LentStage::Published
         | LentStage::Fenced
         | LentStage::Releasing
         | LentStage::Revoking
-        | LentStage::Yielding => Err(Refusal::GrantUnknown(claim.grant)),
+        | LentStage::Yielding
+        | LentStage::Reclaiming => Err(Refusal::GrantUnknown(claim.grant)),
     }
 }
 
