@@ -252,4 +252,6 @@ class Cloud:
             return True
 
         self.processes.wait(f'{host} stays forced down', is_allowed)
+        # It may seem up for what it has reported before it was killed.
+        self.nova.note_report(host)
         self.nova.wait_for_compute(host)

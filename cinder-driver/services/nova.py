@@ -151,7 +151,7 @@ class Nova:
 
     def start_compute(self, host: str) -> None:
         """Starts a host's nova-compute."""
-        self._reported[host] = (self.client.service(host) or {}).get('updated_at')
+        self.note_report(host)
         state = self.folder / host
         state.mkdir(exist_ok=True)
         # Nova refuses to start on a host that it knows and that has lost its id.
@@ -163,6 +163,10 @@ class Nova:
         argv = module('services.hypervisor', *files)
         self.processes.start(f'nova-compute-{host}', argv, self._hypervisors.environment)
 
+    def note_report(self, host: str) -> None:
+        """Notes when Nova last heard of a host's compute; whoever touches its row counts."""
+        self._reported[host] = (self.client.service(host) or {}).get('updated_at')
+
     def has_compute(self, host: str) -> bool:
         """Whether a host's nova-compute was started and not killed."""
         return self.processes.has(f'nova-compute-{host}')
@@ -172,7 +176,7 @@ class Nova:
         self.processes.kill(f'nova-compute-{host}')
 
     def wait_for_compute(self, host: str) -> None:
-        """Waits until a host's nova-compute reports, since it was started."""
+        """Waits until a host's nova-compute reports, since that was noted."""
 
         def is_up() -> bool:
             service = self.client.service(host) or {}
