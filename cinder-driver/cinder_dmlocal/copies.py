@@ -153,7 +153,7 @@ class Found:
         """The same.
 
         Raises errors.Lost, errors.NotFound, or what the node that should have it has
-        answered, if there is none; and errors.Unreachable if there may be a later one.
+        answered, if there is none; errors.Unreachable if it may be on a silent node.
         """
         owner = self.owner
         if owner is not None:
@@ -166,8 +166,12 @@ class Found:
             if error is None or _is_absent(error):
                 continue
             if self.fleet[name].is_dead:
+                self.fleet.must_have_answered(f'volume {self.known.id}', self.failed)
                 raise errors.Lost(what=f'Volume {self.known.id}', node=name)
             raise error
+        for copy in self.copies.values():
+            if copy.is_fenced:
+                raise errors.Forgotten(copy.volume.peer_node, self.known.id, copy.node.name)
         raise errors.NotFound(f'volume {self.known.id}', self.failed)
 
     def _must_be_the_last(self, owner: Copy) -> None:
@@ -199,7 +203,10 @@ def find(fleet: Fleet, known: Known, first: str | None = None) -> Found:
     is taken back from it.
     """
     found = _look(fleet, known, first)
-    return _look(fleet, known, first) if found.owner is None and _take_back(found) else found
+    used_afar = _used_by_the_dead(found) if found.owner is None else None
+    if used_afar is None or _has_gone(used_afar):
+        return found
+    return _look(fleet, known, first)
 
 
 def _look(fleet: Fleet, known: Known, first: str | None) -> Found:
@@ -207,39 +214,53 @@ def _look(fleet: Fleet, known: Known, first: str | None) -> Found:
     _follow(found, [known.home] if first is None else [first, known.home])
     if found.owner is None:
         _follow(found, known.hosts)
-    is_dead = known.home in fleet and fleet[known.home].is_dead
-    if found.owner is None and (is_dead or _is_absent(found.failed.get(known.home))):
+    if found.owner is None and _says_nothing_of_others(found, known.home):
         _ask_the_rest(found)
     return found
 
 
-def _take_back(found: Found) -> bool:
-    """Whether the volume was taken back where its data is.
+def _says_nothing_of_others(found: Found, name: str) -> bool:
+    """Whether a node will never have the volume again, and does not tell who has."""
+    copy = found.copies.get(name)
+    if copy is not None:
+        return not (copy.is_fenced or copy.is_held)
+    is_dead = name in found.fleet and found.fleet[name].is_dead
+    return is_dead or _is_absent(found.failed.get(name))
 
-    Where the dead node had a copy, which would be a later one, the agent refuses.
-    """
+
+def _used_by_the_dead(found: Found) -> Copy | None:
+    """A copy whose right to write a dead node has, with a copy of its own or without."""
     for copy in found.copies.values():
         peer = copy.volume.peer_node
-        if not copy.is_fenced or peer not in found.fleet or not found.fleet[peer].is_dead:
-            continue
-        request = pb.ReclaimRequest(
-            volume_id=copy.volume.id,
-            grant_id=copy.volume.grant_id,
-            incarnation=copy.volume.incarnation,
-            generation=copy.volume.generation,
-        )
-        try:
-            copy.node.call(copy.node.moves.Reclaim, request)
-        except errors.AgentError as error:
-            LOG.info('Volume %s: %s', copy.volume.id, error.msg)
-            continue
-        LOG.warning(
-            'Volume %s is taken back on %s from %s, which is declared dead.',
-            copy.volume.id,
-            copy.node.name,
-            peer,
-        )
+        if copy.is_fenced and peer in found.fleet and found.fleet[peer].is_dead:
+            return copy
+    return None
+
+
+def _has_gone(copy: Copy) -> bool:
+    """Takes a volume back that was used over the network; whether it is gone instead.
+
+    Raises errors.AgentError if nobody says that it is: then it may be here.
+    """
+    request = pb.ReclaimRequest(
+        volume_id=copy.volume.id,
+        grant_id=copy.volume.grant_id,
+        incarnation=copy.volume.incarnation,
+        generation=copy.volume.generation,
+    )
+    try:
+        copy.node.call(copy.node.moves.Reclaim, request)
+    except errors.Refused as refusal:
+        if refusal.reason != 'GRANT_FENCED':
+            raise
+        # The dead node had a copy, which was the later one.
         return True
+    LOG.warning(
+        'Volume %s is taken back on %s from %s, which is declared dead.',
+        copy.volume.id,
+        copy.node.name,
+        copy.volume.peer_node,
+    )
     return False
 
 

@@ -169,6 +169,9 @@ class DmLocalDriver(driver.VolumeDriver):
     @_of_volume
     def delete_volume(self, volume: Any) -> None:
         """Deletes a volume, wherever it is; one in use stays available."""
+        if volume.status == 'error_managing_deleting':
+            LOG.warning('Volume %s was not taken over: agents keep it.', volume.name_id)
+            return
         with errors.busy(exception.VolumeIsBusy):
             self._volumes.delete(rows.known(volume))
 
@@ -252,9 +255,10 @@ class DmLocalDriver(driver.VolumeDriver):
         try:
             node = self._snapshots.create(rows.known_snapshot(snapshot))
         except errors.Unreachable as unheard:
-            # It may be there all the same, and is deleted there.
-            snapshot.update({'provider_location': unheard.node})
-            snapshot.save()
+            if unheard.node in self.fleet:
+                # It may be there all the same, and is deleted there.
+                snapshot.update({'provider_location': unheard.node})
+                snapshot.save()
             raise
         self._follow(snapshot.volume, Placed(node.name))
         return {'provider_location': node.name}

@@ -52,6 +52,21 @@ class Refused(AgentError):
         self.metadata = dict(metadata)
 
 
+class Unasked(Unreachable):
+    """An agent that may answer others was not asked: too many calls wait for it."""
+
+
+class Forgotten(AgentError):
+    """A node that was handed a volume has nothing of it; whoever gave it has it fenced."""
+
+    def __init__(self, node: str, volume_id: str, source: str) -> None:
+        super().__init__(
+            node,
+            f'node {node}, to which {source} has handed volume {volume_id}, has nothing of it: '
+            'declare it dead (dmlocal_dead_nodes) if it was made anew',
+        )
+
+
 class Undecided(exception.MetadataUpdateFailure):
     """A volume may have been made although its node has not said so.
 

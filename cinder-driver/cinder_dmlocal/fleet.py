@@ -50,6 +50,7 @@ class Node:
         # Cinder's own threads wait for these, so they are of their kind.
         self._looks = threading.Semaphore(_LOOKS)
         self._calls = threading.Semaphore(_CALLS)
+        self._silent_at = 0.0
         self._channel = grpc.secure_channel(
             endpoint,
             credentials,
@@ -94,10 +95,18 @@ class Node:
         request: Any,
         timeout: float,
     ) -> T:
-        if not turns.acquire(timeout=timeout):
-            raise errors.Unreachable(self.name, 'too many calls wait for it')
+        began = time.monotonic()
+        if not turns.acquire(timeout=self._settings.call_timeout):
+            raise errors.Unasked(self.name, 'too many calls wait for it')
         try:
+            if self._silent_at > began:
+                # Whoever has waited meanwhile would hear nothing either.
+                raise errors.Unasked(self.name, 'it has not answered others')
             return native.natively(lambda: self.blocking(method, request, timeout))
+        except errors.Unreachable as error:
+            if not isinstance(error, errors.Unasked):
+                self._silent_at = time.monotonic()
+            raise
         finally:
             turns.release()
 
@@ -213,14 +222,14 @@ class Fleet:
             thread.join()
         return Answers(given, failed)
 
-    def must_have_answered(self, missing: errors.NotFound) -> None:
+    def must_have_answered(self, what: str, failed: Mapping[str, errors.AgentError]) -> None:
         """Raises errors.Unreachable if a node that may have what is missing says nothing.
 
         A node that was declared dead has nothing any more.
         """
-        silent = [n for n in errors.silent(missing.failed) if not self._nodes[n].is_dead]
+        silent = [n for n in errors.silent(failed) if not self._nodes[n].is_dead]
         if silent:
-            raise errors.Unreachable(', '.join(silent), f'nobody else has {missing.what}')
+            raise errors.Unreachable(', '.join(silent), f'nobody else has {what}')
 
     def pools(self) -> Answers:
         """The pool of each node that answers and has it; of every other, why not."""

@@ -43,6 +43,8 @@ def _undecided() -> Iterator[None]:
     """What is inside makes a volume: if no answer comes, it may be there."""
     try:
         yield
+    except errors.Unasked:
+        raise
     except errors.Unreachable as error:
         raise errors.Undecided(why=error.msg) from error
 
@@ -145,7 +147,7 @@ class Volumes:
             owner = found.must_have_owner()
         except errors.NotFound as missing:
             if known.was_made:
-                self._fleet.must_have_answered(missing)
+                self._fleet.must_have_answered(missing.what, missing.failed)
             LOG.warning('Volume %s is deleted from Cinder only: %s', known.id, missing)
             for copy in found.copies.values():
                 if copy.is_offered:
@@ -261,7 +263,7 @@ class Volumes:
                 # It has gone home by being closed.
                 return self._attach(known, node, mode)
         owner = self._localized(owner)
-        if here is not None and here.is_fenced and here.volume.attached:
+        if here is not None and here.volume.attached and not here.is_held:
             # The device of an earlier stay, which leads nowhere any more.
             self._close(here)
         pool = self._settings.pool

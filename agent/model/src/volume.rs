@@ -96,7 +96,7 @@ pub struct Record {
     pub growing: Option<Sectors>,
     /// The grant through which this copy came here.
     pub came_by: Option<Uuid>,
-    /// The last grant ever given for this copy, for the question after a reboot.
+    /// The last grant given for this copy that may be in use, to ask after a reboot.
     pub lent_before: Option<Borrower>,
     /// The boot in which it was confirmed that the borrower took nothing.
     pub confirmed_in: Option<Uuid>,
@@ -329,13 +329,11 @@ impl Record {
             (Phase::Lent(lent), Event::Revoked) if lent.stage == LentStage::Revoking => {
                 self.phase = if self.lineage.passing { Phase::Deleting } else { Phase::Local };
             }
-            (Phase::Lent(lent), Event::Reclaimed(boot)) if lent.stage == LentStage::Reclaiming => {
+            (Phase::Lent(lent), Event::Reclaimed(_)) if lent.stage == LentStage::Reclaiming => {
                 // The borrower's was one more than this copy's.
                 self.generation = self.generation.next().next();
-                self.attached = false;
-                self.confirmed_in = Some(boot);
                 // Whatever is left there can write nothing any more, also after a boot.
-                self.lent_before = None;
+                (self.attached, self.lent_before) = (false, None);
                 self.phase = Phase::Local;
             }
             (Phase::Lent(lent), event) => {

@@ -270,7 +270,7 @@ class Native(DriverTestCase):
         self.assertEqual('answered', self.green('silence'))
 
     def test_more_calls_than_a_node_may_have_wait_for_their_turn(self) -> None:
-        nodes = self.make_driver(dmlocal_look_timeout=0.5).fleet
+        nodes = self.make_driver(dmlocal_call_timeout=1).fleet
         node = nodes['node-a']
         begun = threading.Barrier(5)
         ends = threading.Event()
@@ -290,6 +290,37 @@ class Native(DriverTestCase):
             ends.set()
             for call in calls:
                 call.result()
+        node.look(node.nodes.GetNode, pb.GetNodeRequest())
+
+    def test_whoever_waits_while_a_node_falls_silent_does_not_ask_it_too(self) -> None:
+        node = self.driver.fleet['node-a']
+        turns = threading.Semaphore(1)
+        begun, waits, ends = threading.Event(), threading.Event(), threading.Event()
+        asked: list[None] = []
+
+        def acquire(timeout: float) -> bool:
+            if begun.is_set():
+                waits.set()
+            return turns.acquire(timeout=timeout)
+
+        def silent(request: Any, timeout: float) -> None:
+            begun.set()
+            ends.wait(10)
+            raise errors.Unreachable('node-a', 'nothing is heard')
+
+        node._looks = mock.Mock(acquire=acquire, release=turns.release)
+        with futures.ThreadPoolExecutor(2) as callers:
+            first = callers.submit(node.look, silent, None)
+            begun.wait(10)
+            second = callers.submit(
+                node.look, lambda request, timeout: asked.append(None), None
+            )
+            waits.wait(10)
+            ends.set()
+            for call, why in ((first, 'nothing is heard'), (second, 'not answered others')):
+                with self.refused(why):
+                    call.result()
+        self.assertEqual([], asked)
         node.look(node.nodes.GetNode, pb.GetNodeRequest())
 
     def test_questions_to_many_are_asked_at_the_same_time(self) -> None:

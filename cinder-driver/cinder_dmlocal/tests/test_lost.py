@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
+from cinder import exception
+
 from cinder_dmlocal.tests.base import SERVICE, DriverTestCase
+from cinder_dmlocal.tests.fake import Refusal
 
 
 class Lost(DriverTestCase):
@@ -40,3 +45,65 @@ class Lost(DriverTestCase):
         with self.refused('lost'):
             driver.initialize_connection(self.volume, {'host': 'node-a'})
         self.assert_where(self.volume, a='FENCED', b='HYDRATING')
+
+    def test_what_is_not_taken_back_is_not_called_lost(self) -> None:
+        self.visit_and_die()
+        for reason in ('POOL_MISSING', 'ROLE_FORBIDDEN', 'GRANT_UNKNOWN'):
+            self.agent('a').says_refused['Moves.Reclaim'] = Refusal(reason)
+            for act in (self.attach_at_home, self.delete):
+                with self.refused(reason):
+                    act()
+        self.agent('a').says_refused.clear()
+        self.attach_at_home()
+        self.assert_where(self.volume, a='LOCAL', b='REMOTE')
+
+    def test_what_a_silent_node_may_have_is_not_called_lost(self) -> None:
+        self.agent('a').is_down = self.agent('c').is_down = True
+        self.cinder.driver = self.make_driver(dmlocal_dead_nodes=['node-a'])
+        for act in (self.attach_at_home, self.delete):
+            with self.refused('node-c', 'does not answer'):
+                act()
+        self.agent('c').is_down = False
+        with self.refused('lost'):
+            self.attach_at_home()
+        self.delete()
+
+    def test_what_a_node_that_was_made_anew_had_is_not_forgotten(self) -> None:
+        self.visit_and_die()
+        self.cinder.driver = self.driver
+        self.agent('b').is_down = False
+        there = self.agent('b').volumes.pop(self.volume.id)
+        for act in (self.attach_at_home, self.delete):
+            with self.refused('node-b', 'has nothing of it', 'dmlocal_dead_nodes'):
+                act()
+        self.agent('b').volumes[self.volume.id] = there
+
+    def test_a_home_that_has_let_go_does_not_hide_the_volume(self) -> None:
+        row = self.cinder.attach(self.volume, 'node-b')
+        self.agent('b').open(self.volume.id)
+        old = copy.copy(self.agent('a').volumes[self.volume.id])
+        self.agent('b').arrive(self.volume.id)
+        old.state, old.peer = 'RELEASING', ''
+        self.agent('a').volumes[old.id] = old
+        self.volume.host, self.volume.volume_attachment = f'{SERVICE}#node-a', []
+        with self.assertRaisesRegex(exception.VolumeIsBusy, 'node-b'):
+            self.delete()
+        self.volume.volume_attachment = [row]
+
+    def test_what_failed_to_be_taken_over_is_left_to_the_agents(self) -> None:
+        self.volume.status = 'error_managing_deleting'
+        self.delete()
+        self.assert_where(self.volume, a='LOCAL')
+
+    def visit_and_die(self) -> None:
+        self.volume.status = 'downloading'
+        self.driver.initialize_connection(self.volume, {'host': 'node-b'})
+        self.volume.status = 'available'
+        self.agent('b').is_down = True
+        self.cinder.driver = self.make_driver(dmlocal_dead_nodes=['node-b'])
+
+    def attach_at_home(self) -> None:
+        self.cinder.driver.initialize_connection(self.volume, {'host': 'node-a'})
+
+    def delete(self) -> None:
+        self.cinder.driver.delete_volume(self.volume)
