@@ -30,6 +30,10 @@ T = TypeVar('T')
 # after looks, so that only a node that falls silent in between has its share of both.
 _LOOKS, _CALLS = 4, 8
 
+# A connection that has failed is tried again after this time at most. Until then whoever
+# asks hears of that failure, which may be over: a look waits for the next attempt.
+_RECONNECT_MS = 1000
+
 # For how many timeouts it is believed that nodes answer, and how many are asked then.
 _FRESH, _FEW = 3, 8
 
@@ -60,7 +64,7 @@ class Node:
                 ('grpc.enable_http_proxy', 0),
                 # A node that was away is tried again at once, not after minutes.
                 ('grpc.initial_reconnect_backoff_ms', 500),
-                ('grpc.max_reconnect_backoff_ms', 5000),
+                ('grpc.max_reconnect_backoff_ms', _RECONNECT_MS),
                 ('grpc.max_receive_message_length', -1),
             ],
         )
@@ -80,20 +84,18 @@ class Node:
 
     def look(self, method: Callable[..., T], request: Any) -> T:
         """Asks for what the agent knows. Raises errors.AgentError."""
-        timeout = self._settings.look_timeout
-        return self._in_turn(self._looks, method, request, timeout)
+        return self._in_turn(self._looks, method, request)
 
     def call(self, method: Callable[..., T], request: Any) -> T:
         """Has the agent do something. Raises errors.AgentError."""
-        timeout = self._settings.call_timeout
-        return self._in_turn(self._calls, method, request, timeout)
+        return self._in_turn(self._calls, method, request, self._settings.call_timeout)
 
     def _in_turn(
         self,
         turns: threading.Semaphore,
         method: Callable[..., T],
         request: Any,
-        timeout: float,
+        timeout: float | None = None,
     ) -> T:
         began = time.monotonic()
         if not turns.acquire(timeout=self._settings.call_timeout):
@@ -119,7 +121,18 @@ class Node:
         try:
             return method(request, timeout=timeout or self._settings.look_timeout)
         except grpc.RpcError as error:
+            if timeout is None and error.code() is grpc.StatusCode.UNAVAILABLE:
+                return self._once_more(method, request, error)
             raise errors.of_call(self.name, error) from None
+
+    def _once_more(self, method: Callable[..., T], request: Any, unheard: Any) -> T:
+        """What an agent answers that may have been away when it was last tried."""
+        more: dict[str, Any] = {'timeout': 2 * _RECONNECT_MS / 1000, 'wait_for_ready': True}
+        try:
+            return method(request, **more)
+        except grpc.RpcError as error:
+            silent = isinstance(errors.of_call(self.name, error), errors.Unreachable)
+            raise errors.of_call(self.name, unheard if silent else error) from None
 
     def close(self) -> None:
         """Ends the channel."""

@@ -223,7 +223,21 @@ class Deadlines(DriverTestCase):
         server.stop(None)
         self.assertEqual(490, len(stats['pools']))
 
-    def crowd(self, names: list[str]) -> tuple[Any, str]:
+    def test_a_node_that_is_back_is_heard_at_once(self) -> None:
+        with socket.socket() as unused:
+            unused.bind(('127.0.0.1', 0))
+            endpoint = f'127.0.0.1:{unused.getsockname()[1]}'
+        with mock.patch.object(fleet, '_RECONNECT_MS', 500):
+            endpoints = {**self.fleet.endpoints, 'node-a': endpoint}
+            node = self.make_driver(dmlocal_endpoints=endpoints).fleet['node-a']
+            with self.refused('node-a does not answer'):
+                node.look(node.nodes.ListPools, pb.ListPoolsRequest())
+            server, _ = self.crowd(['node-a'], endpoint)
+            answer = node.look(node.nodes.ListPools, pb.ListPoolsRequest())
+        server.stop(None)
+        self.assertEqual('local', answer.pools[0].name)
+
+    def crowd(self, names: list[str], endpoint: str = '127.0.0.1:0') -> tuple[Any, str]:
         """One server that is many nodes."""
         pool = pb.Pool(name='local', size_bytes=GIB, present=True)
         answer = pb.ListPoolsResponse(pools=[pool])
@@ -241,7 +255,7 @@ class Deadlines(DriverTestCase):
         credentials = grpc.ssl_server_credentials(
             [(pair.key, pair.cert)], self.fleet.authority.cert, require_client_auth=True
         )
-        port = server.add_secure_port('127.0.0.1:0', credentials)
+        port = server.add_secure_port(endpoint, credentials)
         server.start()
         return server, f'127.0.0.1:{port}'
 
