@@ -32,7 +32,7 @@ _LOOKS, _CALLS = 4, 8
 
 # A connection that has failed is tried again after this time at most. Until then whoever
 # asks hears of that failure, which may be over: a look waits for the next attempt.
-_RECONNECT_MS = 1000
+_RECONNECT_MS = 500
 
 # For how many timeouts it is believed that nodes answer, and how many are asked then.
 _FRESH, _FEW = 3, 8
@@ -54,7 +54,7 @@ class Node:
         # Cinder's own threads wait for these, so they are of their kind.
         self._looks = threading.Semaphore(_LOOKS)
         self._calls = threading.Semaphore(_CALLS)
-        self._silent_at = 0.0
+        self._silent_at, self._was_heard = 0.0, False
         self._channel = grpc.secure_channel(
             endpoint,
             credentials,
@@ -63,7 +63,7 @@ class Node:
                 ('grpc.ssl_target_name_override', name),
                 ('grpc.enable_http_proxy', 0),
                 # A node that was away is tried again at once, not after minutes.
-                ('grpc.initial_reconnect_backoff_ms', 500),
+                ('grpc.initial_reconnect_backoff_ms', _RECONNECT_MS),
                 ('grpc.max_reconnect_backoff_ms', _RECONNECT_MS),
                 ('grpc.max_receive_message_length', -1),
             ],
@@ -119,14 +119,17 @@ class Node:
         if self.is_dead:
             raise errors.Unreachable(self.name, 'it was declared dead')
         try:
-            return method(request, timeout=timeout or self._settings.look_timeout)
+            answer = method(request, timeout=timeout or self._settings.look_timeout)
         except grpc.RpcError as error:
-            if timeout is None and error.code() is grpc.StatusCode.UNAVAILABLE:
+            is_away = error.code() is grpc.StatusCode.UNAVAILABLE
+            if is_away and timeout is None and self._was_heard:
                 return self._once_more(method, request, error)
             raise errors.of_call(self.name, error) from None
+        self._was_heard = True
+        return answer
 
     def _once_more(self, method: Callable[..., T], request: Any, unheard: Any) -> T:
-        """What an agent answers that may have been away when it was last tried."""
+        """What an agent answers that may be back since it was last tried."""
         more: dict[str, Any] = {'timeout': 2 * _RECONNECT_MS / 1000, 'wait_for_ready': True}
         try:
             return method(request, **more)

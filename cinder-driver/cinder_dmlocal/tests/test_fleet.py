@@ -224,16 +224,15 @@ class Deadlines(DriverTestCase):
         self.assertEqual(490, len(stats['pools']))
 
     def test_a_node_that_is_back_is_heard_at_once(self) -> None:
-        with socket.socket() as unused:
-            unused.bind(('127.0.0.1', 0))
-            endpoint = f'127.0.0.1:{unused.getsockname()[1]}'
-        with mock.patch.object(fleet, '_RECONNECT_MS', 500):
-            endpoints = {**self.fleet.endpoints, 'node-a': endpoint}
-            node = self.make_driver(dmlocal_endpoints=endpoints).fleet['node-a']
-            with self.refused('node-a does not answer'):
-                node.look(node.nodes.ListPools, pb.ListPoolsRequest())
-            server, _ = self.crowd(['node-a'], endpoint)
-            answer = node.look(node.nodes.ListPools, pb.ListPoolsRequest())
+        server, endpoint = self.crowd(['node-a'])
+        endpoints = {**self.fleet.endpoints, 'node-a': endpoint}
+        node = self.make_driver(dmlocal_endpoints=endpoints).fleet['node-a']
+        node.look(node.nodes.ListPools, pb.ListPoolsRequest())
+        server.stop(None).wait()
+        with self.refused('node-a does not answer'):
+            node.look(node.nodes.ListPools, pb.ListPoolsRequest())
+        server, _ = self.crowd(['node-a'], endpoint)
+        answer = node.look(node.nodes.ListPools, pb.ListPoolsRequest())
         server.stop(None)
         self.assertEqual('local', answer.pools[0].name)
 
