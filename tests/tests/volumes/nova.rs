@@ -186,10 +186,7 @@ pub fn a_used_volume_changes_while_its_guest_goes_on(bed: &Bed) -> Result<()> {
     guest.run(b)?;
     nova.decide(&guest, "done")?;
     nova.ended(&guest, &["completed"])?;
-    for volume in [&guest.volume, &sent] {
-        volume.wait_for(b, "local", LATER)?;
-        volume.wait_until_gone(a)?;
-    }
+    are_only_on(b, a, [&guest.volume, &sent])?;
     writer.progress()?;
 
     // It grows below its user.
@@ -269,6 +266,14 @@ pub fn a_guest_returns_before_its_volume_has_arrived(bed: &Bed) -> Result<()> {
     nova.delete(&guest.volume)
 }
 
+fn are_only_on(home: &Node, other: &Node, volumes: [&Volume; 2]) -> Result<()> {
+    for volume in volumes {
+        volume.wait_for(home, "local", LATER)?;
+        volume.wait_until_gone(other)?;
+    }
+    Ok(())
+}
+
 fn is_far_from_whole(volume: &Volume, on: &Node) -> Result<()> {
     let seen = volume.status(on)?.context("it has left")?;
     ensure!(seen["percent"].as_f64().is_some_and(|percent| percent < 90.0), "{seen}");
@@ -289,10 +294,7 @@ pub fn a_guest_stays_where_its_volumes_cannot_follow(bed: &Bed) -> Result<()> {
     let free = ctl(b, "pool list")?[0]["free_bytes"].as_u64().context("no free_bytes")?;
     let filler = Volume::create(b, u32::try_from((free >> 20).saturating_sub(1536))?)?;
     nova.says(&migrate, &["failed", "error"])?;
-    for volume in [&guest.volume, &more] {
-        volume.wait_until_gone(b)?;
-        volume.wait_for(a, "local", LATER)?;
-    }
+    are_only_on(a, b, [&guest.volume, &more])?;
     guest.progress()?;
     writer.progress()?;
     let reserved = nova.order(&json!({ "do": "attached", "volume": more.id }))?;
@@ -302,10 +304,7 @@ pub fn a_guest_stays_where_its_volumes_cannot_follow(bed: &Bed) -> Result<()> {
     // There is room, and the hypervisor there does not take the guest.
     nova.order(&json!({ "do": "fail", "event": "await", "host": b.name() }))?;
     nova.says(&migrate, &["failed", "error"])?;
-    for volume in [&guest.volume, &more] {
-        volume.wait_until_gone(b)?;
-        volume.wait_for(a, "local", LATER)?;
-    }
+    are_only_on(a, b, [&guest.volume, &more])?;
     guest.progress()?;
     writer.progress()?;
 
@@ -336,10 +335,7 @@ pub fn a_guest_stays_where_its_volumes_cannot_follow(bed: &Bed) -> Result<()> {
     guest.volume.verify(b)?;
     guest.run(b)?;
     nova.says(&json!({ "do": "confirm", "server": guest.server }), &["ACTIVE"])?;
-    for volume in [&guest.volume, &more] {
-        volume.wait_for(b, "local", LATER)?;
-        volume.wait_until_gone(a)?;
-    }
+    are_only_on(b, a, [&guest.volume, &more])?;
     nova.attached(&guest, &[b])?;
 
     // Nobody writes any more, and an operator detaches by force.

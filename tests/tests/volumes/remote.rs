@@ -20,6 +20,15 @@ fn borrow<'a>(bed: &'a Bed, volume: &Volume, flags: &str) -> Result<(&'a Node, &
     Ok((a, b))
 }
 
+/// A volume that was written at a, where its data is, and is used at b now.
+fn used_at_b(bed: &Bed) -> Result<Volume> {
+    let volume = Volume::create_full(bed.a(), 32)?;
+    volume.write(bed.a(), "--count 50")?.stop(bed.a())?;
+    volume.carry_state(bed.a(), bed.b())?;
+    borrow(bed, &volume, "--remote")?;
+    Ok(volume)
+}
+
 pub fn a_volume_is_written_elsewhere_and_comes_home(bed: &Bed) -> Result<()> {
     let (a, b) = (bed.a(), bed.b());
     let volume = Volume::create_full(a, 32)?;
@@ -75,10 +84,8 @@ pub fn a_volume_is_written_elsewhere_and_comes_home(bed: &Bed) -> Result<()> {
 }
 
 pub fn a_remote_volume_is_localized_under_load(bed: &Bed) -> Result<()> {
-    let volume = Volume::create_full(bed.a(), 32)?;
-    volume.write(bed.a(), "--count 50")?.stop(bed.a())?;
-    volume.carry_state(bed.a(), bed.b())?;
-    let (a, b) = borrow(bed, &volume, "--remote")?;
+    let volume = used_at_b(bed)?;
+    let (a, b) = (bed.a(), bed.b());
     // It goes on with what it knows, and has the device open all the time.
     let writer = volume.write(b, "")?;
     writer.progress()?;
@@ -99,10 +106,8 @@ pub fn a_remote_volume_is_localized_under_load(bed: &Bed) -> Result<()> {
 }
 
 pub fn a_remote_volume_moves_on_once_it_is_being_copied(bed: &Bed) -> Result<()> {
-    let volume = Volume::create_full(bed.a(), 32)?;
-    volume.write(bed.a(), "--count 50")?.stop(bed.a())?;
-    volume.carry_state(bed.a(), bed.b())?;
-    let (a, b) = borrow(bed, &volume, "--remote")?;
+    let volume = used_at_b(bed)?;
+    let (a, b) = (bed.a(), bed.b());
     let writer = volume.write(b, "")?;
     writer.progress()?;
     refused(b, &volume.move_line(b, a, "--hold"), "VOLUME_REMOTE")?;
@@ -124,10 +129,8 @@ pub fn a_remote_volume_moves_on_once_it_is_being_copied(bed: &Bed) -> Result<()>
 }
 
 pub fn a_remote_volume_waits_for_a_pulled_cable(bed: &Bed) -> Result<()> {
-    let volume = Volume::create_full(bed.a(), 32)?;
-    volume.write(bed.a(), "--count 50")?.stop(bed.a())?;
-    volume.carry_state(bed.a(), bed.b())?;
-    let (a, b) = borrow(bed, &volume, "--remote")?;
+    let volume = used_at_b(bed)?;
+    let (a, b) = (bed.a(), bed.b());
     let writer = volume.write(b, "")?;
     writer.progress()?;
     a.set_link(false)?;
@@ -148,10 +151,8 @@ pub fn a_remote_volume_waits_for_a_pulled_cable(bed: &Bed) -> Result<()> {
 }
 
 pub fn a_remote_volume_stops_with_the_power_of_its_source(bed: &Bed) -> Result<()> {
-    let volume = Volume::create_full(bed.a(), 32)?;
-    volume.write(bed.a(), "--count 50")?.stop(bed.a())?;
-    volume.carry_state(bed.a(), bed.b())?;
-    let (a, b) = borrow(bed, &volume, "--remote")?;
+    let volume = used_at_b(bed)?;
+    let (a, b) = (bed.a(), bed.b());
     let writer = volume.write(b, "--durable")?;
     writer.progress()?;
     a.kill()?;
@@ -180,10 +181,8 @@ pub fn a_remote_volume_stops_with_the_power_of_its_source(bed: &Bed) -> Result<(
 }
 
 pub fn a_remote_volume_outlives_the_power_of_its_user(bed: &Bed) -> Result<()> {
-    let volume = Volume::create_full(bed.a(), 32)?;
-    volume.write(bed.a(), "--count 50")?.stop(bed.a())?;
-    volume.carry_state(bed.a(), bed.b())?;
-    let (a, b) = borrow(bed, &volume, "--remote")?;
+    let volume = used_at_b(bed)?;
+    let (a, b) = (bed.a(), bed.b());
     let writer = volume.write(b, "--durable")?;
     writer.progress()?;
     b.kill()?;
@@ -201,10 +200,8 @@ pub fn a_remote_volume_outlives_the_power_of_its_user(bed: &Bed) -> Result<()> {
 }
 
 pub fn a_remote_volume_is_taken_back_from_a_lost_node(bed: &Bed) -> Result<()> {
-    let volume = Volume::create_full(bed.a(), 32)?;
-    volume.write(bed.a(), "--count 50")?.stop(bed.a())?;
-    volume.carry_state(bed.a(), bed.b())?;
-    let (a, b) = borrow(bed, &volume, "--remote")?;
+    let volume = used_at_b(bed)?;
+    let (a, b) = (bed.a(), bed.b());
     let lost = volume.write(b, "")?;
     lost.progress()?;
     b.set_link(false)?;
